@@ -1,0 +1,1 @@
+"""Tokens: choosing the next one, deciding when to stop, turning them into text."""

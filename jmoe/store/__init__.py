@@ -1,0 +1,1 @@
+"""Models at rest: checkpoints, tokenizers and the hub. Knows bytes, not arithmetic."""

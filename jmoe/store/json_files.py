@@ -1,0 +1,47 @@
+"""Reading the small JSON files of a model directory, each failure one sentence."""
+
+import json
+from pathlib import Path
+
+from jmoe.errors import CheckpointError, ConfigError, JmoeError
+
+
+def read_json_object(
+    path: Path, error: type[JmoeError] = CheckpointError, *, missing_do: str | None = None
+) -> dict:
+    """Reads a JSON file whose top level is an object.
+
+    Args:
+      path: the file.
+      error: type of the error to raise.
+      missing_do: the remedy to name if the file does not exist.
+
+    Raises:
+      error: the file is missing, unreadable, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise error(f"{path.name} is missing", where=path.parent, do=missing_do) from None
+    except OSError as e:
+        raise error(f"{path.name} cannot be read", where=path.parent, got=e.strerror) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise error(
+            f"{path.name} is not JSON", where=path.parent, got=e, do="download the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise error(
+            f"{path.name} must hold a JSON object",
+            where=path.parent,
+            got=type(value).__name__,
+        )
+    return value
+
+
+def read_config_json(directory: Path) -> dict:
+    """Reads ``config.json`` of a model directory (ConfigError)."""
+    return read_json_object(
+        directory / "config.json",
+        ConfigError,
+        missing_do="name a directory in Hugging Face format",
+    )
