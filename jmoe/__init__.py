@@ -1,3 +1,23 @@
 """jmoe: Mixture-of-Experts language models in JAX, where the accelerator is too small for them."""
 
+from jmoe.api import LLM, Chunk, GenerationResult, load
+from jmoe.errors import CapacityError, CheckpointError, ConfigError, JmoeError, RequestError
+from jmoe.generation.options import GenerationOptions, check_options
+from jmoe.metrics import GenerationStats
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CheckpointError",
+    "Chunk",
+    "ConfigError",
+    "GenerationOptions",
+    "GenerationResult",
+    "GenerationStats",
+    "JmoeError",
+    "RequestError",
+    "check_options",
+    "load",
+]

@@ -1,0 +1,154 @@
+"""The decoder: one flow for every family, its parts chosen by ModelConfig.
+
+Modules define parameters and shapes and run functionally: ``abstract_decoder`` gives the
+structure without weights, programs rebuild the module from a flat tuple of arrays while they
+are traced, and compiled code sees arrays only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.config import ModelConfig
+from jmoe.models import rope
+from jmoe.models.attention import Attention
+from jmoe.models.experts import ExpertForm, Experts
+from jmoe.models.kv_cache import KVCache, LayerCache
+from jmoe.models.linear import linear
+from jmoe.models.norms import NORMS
+from jmoe.models.router import Routing, route
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, router and experts, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        make_norm = NORMS[config.norm.kind]
+        init = nnx.initializers.normal(config.hidden_size**-0.5)
+        router_shape = (config.router.num_experts, config.hidden_size)
+        self.router_config = config.router
+        self.input_norm = make_norm(config.norm, config.hidden_size, dtype, rngs)
+        self.attention = Attention(config, config.sliding_windows[layer], dtype, rngs)
+        self.post_norm = make_norm(config.norm, config.hidden_size, dtype, rngs)
+        self.router = nnx.Param(init(rngs(), router_shape, dtype))
+        self.experts = Experts(config, dtype, rngs)
+
+    def attend(self, x_BLD, start_B, rotation, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Adds attention to the residual stream."""
+        out_BLD, cache = self.attention(self.input_norm(x_BLD), start_B, rotation, cache)
+        return x_BLD + out_BLD, cache
+
+    def route(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], Routing]:
+        """The normalised tokens that experts read, and the experts that they go to."""
+        normed_TD = self.post_norm(x_TD)
+        return normed_TD, route(normed_TD, self.router[...], self.router_config)
+
+    def __call__(
+        self, x_BLD, start_B, valid_BL, rotation, cache: LayerCache, form: ExpertForm
+    ) -> tuple[jax.Array, LayerCache, Routing]:
+        x_BLD, cache = self.attend(x_BLD, start_B, rotation, cache)
+        normed_TD, routing = self.route(x_BLD.reshape(-1, x_BLD.shape[-1]))
+        out_TD = self.experts(normed_TD, routing, valid_BL.reshape(-1), form)
+        return x_BLD + out_TD.reshape(x_BLD.shape), cache, routing
+
+
+class Decoder(nnx.Module):
+    """A Mixture-of-Experts decoder with random weights of the given dtype."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        init_head = nnx.initializers.normal(config.hidden_size**-0.5)
+        vocabulary_shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embed_tokens = nnx.Param(init(rngs(), vocabulary_shape, dtype))
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)]
+        )
+        self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(init_head(rngs(), vocabulary_shape, dtype))
+
+    def __call__(
+        self,
+        token_ids_BL: Int[Array, "B L"],
+        start_B: Int[Array, " B"],
+        valid_BL: Bool[Array, "B L"],
+        cache: KVCache,
+        form: ExpertForm,
+    ) -> tuple[Float[Array, "B L D"], KVCache, tuple[Routing, ...]]:
+        """Takes L new tokens of every sequence through all layers.
+
+        Args:
+          token_ids_BL: the tokens, at positions start_B to start_B + L - 1.
+          start_B: how many positions of each sequence the cache holds already.
+          valid_BL: which tokens are real; the others are padding, at the end of a sequence.
+          cache: with room for start_B + L positions.
+          form: how the experts are computed (``experts.choose_form``).
+
+        Returns:
+          The normalised hidden states, for ``logits``; the cache with the new positions; and
+          each layer's routing, which costs nothing in a program that does not return it.
+        """
+        positions_BL = start_B[:, None] + jnp.arange(token_ids_BL.shape[1])
+        rotation = rope.rotation(positions_BL, self.config.rope, self.config.head_dim)
+        x_BLD = self.embed_tokens[...][token_ids_BL]
+        layer_caches, routings = [], []
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            with jax.named_scope(f"layer_{i}"):
+                x_BLD, layer_cache, routing = layer(
+                    x_BLD, start_B, valid_BL, rotation, layer_cache, form
+                )
+            layer_caches.append(layer_cache)
+            routings.append(routing)
+        return self.final_norm(x_BLD), KVCache(tuple(layer_caches)), tuple(routings)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Scores of every token of the vocabulary, float32."""
+        with jax.named_scope("lm_head"):
+            tied = self.config.tie_word_embeddings
+            return linear(hidden, (self.embed_tokens if tied else self.lm_head)[...])
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_decoder(
+    config: ModelConfig, dtype: str = "bfloat16"
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and shapes of a decoder, without allocating anything."""
+    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype), nnx.Rngs(0)))
+    return nnx.split(model)
+
+
+def abstract_parameters(
+    config: ModelConfig, dtype: str = "bfloat16"
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter's shape by dotted path, in the order of ``rebuild``'s arrays."""
+    _, state = abstract_decoder(config, dtype)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    # The last key of a path is the value inside nnx.Param.
+    return {".".join(str(key.key) for key in path[:-1]): leaf for path, leaf in leaves}
+
+
+def rebuild(config: ModelConfig, dtype: str, parameters: tuple[jax.Array, ...]) -> Decoder:
+    """A decoder that holds the given arrays, for use while a program is traced.
+
+    Args:
+      config: the model.
+      dtype: of the parameters.
+      parameters: arrays in the order of ``abstract_parameters``.
+    """
+    graphdef, state = abstract_decoder(config, dtype)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), parameters))
+
+
+def random_parameters(config: ModelConfig, dtype: str, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Random weights, scaled so that activations stay of order one; for tests and benchmarks."""
+    return _random_parameters(config, dtype, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_parameters(config: ModelConfig, dtype: str, key: jax.Array) -> tuple[jax.Array, ...]:
+    _, state = nnx.split(Decoder(config, jnp.dtype(dtype), nnx.Rngs(key)))
+    return tuple(jax.tree.leaves(state))

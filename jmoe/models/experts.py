@@ -1,0 +1,193 @@
+"""Applying the chosen experts to tokens, and combining their outputs.
+
+Two forms compute the same sum; ``choose_form`` picks by number of tokens and platform:
+
+* *reduce*: every assignment of a token to an expert on its own, as a multiply and a sum
+  over the stacked weights at the expert's index. XLA:GPU fuses the indexing into the
+  reduction and reads the weights in place, where a dot would copy the expert first.
+* *blocks*: assignments sorted by expert and padded to blocks of one expert each; a loop
+  takes one block of tokens through one expert at a time with dots. No work or memory is
+  proportional to tokens times experts, and no token is ever dropped.
+
+Outputs are combined in top-k order in both, never in the order of experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.config import ModelConfig
+from jmoe.models.linear import linear
+from jmoe.models.router import Routing
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExpertForm:
+    kind: Literal["reduce", "blocks"]
+    block_rows: int = 1  # tokens per block
+
+
+def choose_form(num_tokens: int, config: ModelConfig, platform: str) -> ExpertForm:
+    """Picks the form for so many tokens on a platform ("cpu", "gpu", "tpu")."""
+    if num_tokens <= 4 and platform != "cpu":
+        return ExpertForm("reduce")
+    # About one block per expert: every block copies its expert out of the stack, which
+    # weighs more than multiplying a few rows of padding. Below 4 rows XLA:CPU converts the
+    # whole of a bfloat16 weight to float32 in every product.
+    per_expert = -(-num_tokens * config.router.top_k // config.router.num_experts)
+    return ExpertForm("blocks", min(max(4, 1 << (per_expert - 1).bit_length()), 128))
+
+
+class Experts(nnx.Module):
+    """The stacked weights of a layer's experts: SwiGLU with gate w1, up w3 and down w2."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        num_experts = config.router.num_experts
+        hidden, width = config.hidden_size, config.intermediate_size
+        init_in = nnx.initializers.normal(hidden**-0.5)
+        init_out = nnx.initializers.normal(width**-0.5)
+        self.activation = config.hidden_act
+        self.w1 = nnx.Param(init_in(rngs(), (num_experts, width, hidden), dtype))
+        self.w3 = nnx.Param(init_in(rngs(), (num_experts, width, hidden), dtype))
+        self.w2 = nnx.Param(init_out(rngs(), (num_experts, hidden, width), dtype))
+
+    def __call__(
+        self,
+        x_TD: Float[Array, "T D"],
+        routing: Routing,
+        valid_T: Bool[Array, " T"],
+        form: ExpertForm,
+    ) -> Float[Array, "T D"]:
+        """The weighted sum of every token's experts.
+
+        Args:
+          x_TD: normalised residual stream.
+          routing: chosen experts and weights.
+          valid_T: tokens to compute; the others (padding) come out as rubbish or zero.
+          form: how to compute it.
+
+        Returns:
+          Sum over k of weight * expert(x), added up in float32 in the order of k, in the
+          dtype of x.
+        """
+        with jax.named_scope("experts"):
+            w1, w3, w2 = self.w1[...], self.w3[...], self.w2[...]
+            activation = ACTIVATIONS[self.activation]
+            if form.kind == "reduce":
+                y_TKD = _reduce(x_TD, routing.expert_ids_TK, w1, w3, w2, activation)
+            else:
+                ids_TK = routing.expert_ids_TK
+                y_TKD = _blocks(x_TD, ids_TK, valid_T, w1, w3, w2, activation, form.block_rows)
+            return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
+
+
+def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
+    """Adds up expert outputs, weighted, in float32 and in the order of k."""
+    total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]
+    for k in range(1, y_TKD.shape[1]):
+        total_TD += y_TKD[:, k] * weights_TK[:, k, None]
+    return total_TD
+
+
+def _reduce(x_TD, ids_TK, w1_EFD, w3_EFD, w2_EDF, activation) -> jax.Array:
+    def times(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+
+    def expert(x_D: jax.Array, e: jax.Array) -> jax.Array:
+        hidden_F = activation(times(w1_EFD[e], x_D)) * times(w3_EFD[e], x_D)
+        return times(w2_EDF[e], hidden_F.astype(x_D.dtype))
+
+    num_tokens, top_k = ids_TK.shape
+    return jnp.stack(
+        [
+            jnp.stack([expert(x_TD[t], ids_TK[t, k]) for k in range(top_k)])
+            for t in range(num_tokens)
+        ]
+    )
+
+
+def _blocks(
+    x_TD, ids_TK, valid_T, w1_EFD, w3_EFD, w2_EDF, activation, block_rows: int
+) -> jax.Array:
+    num_tokens, hidden_size = x_TD.shape
+    num_experts = w1_EFD.shape[0]
+    top_k = ids_TK.shape[1]
+    plan = plan_blocks(ids_TK, valid_T, num_experts, block_rows)
+
+    # A row of zeros past the end stands for padding within a block.
+    x_padded = jnp.concatenate([x_TD, jnp.zeros((1, hidden_size), x_TD.dtype)])
+
+    def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
+        e = plan.expert_of_block[i]
+        first_row = i * block_rows
+        x = x_padded[lax.dynamic_slice(plan.token_of_row, (first_row,), (block_rows,))]
+        hidden = activation(linear(x, w1_EFD[e])) * linear(x, w3_EFD[e])
+        out = linear(hidden.astype(x.dtype), w2_EDF[e])
+        return lax.dynamic_update_slice(y, out, (first_row, 0))
+
+    # The last row stays zero: tokens that are not valid read it.
+    y = jnp.zeros((plan.token_of_row.shape[0] + 1, hidden_size), jnp.float32)
+    y = lax.fori_loop(0, plan.num_blocks, one_block, y)
+    return y[plan.row_of_assignment].reshape(num_tokens, top_k, hidden_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """Assignments laid out in rows, block by block.
+
+    Attributes:
+      num_blocks: blocks in use, at most the length of expert_of_block.
+      expert_of_block: expert of each block in use.
+      token_of_row: token of each row; the number of tokens where a row is padding.
+      row_of_assignment: row of assignment t * K + k; the number of rows if t is not valid.
+    """
+
+    num_blocks: Int[Array, ""]
+    expert_of_block: Int[Array, " blocks"]
+    token_of_row: Int[Array, " rows"]
+    row_of_assignment: Int[Array, " A"]
+
+
+def plan_blocks(
+    ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], num_experts: int, block_rows: int
+) -> BlockPlan:
+    """Groups assignments by expert into blocks of block_rows rows of one expert each.
+
+    The arrays have room for the worst case, in which every expert used fills its last block
+    with a single row.
+    """
+    num_tokens, top_k = ids_TK.shape
+    num_assignments = num_tokens * top_k
+    max_used = min(num_experts, num_assignments)
+    max_blocks = (num_assignments + max_used * (block_rows - 1)) // block_rows
+    num_rows = max_blocks * block_rows
+
+    ids_A = jnp.where(valid_T[:, None], ids_TK, num_experts).reshape(-1)
+    order_A = jnp.argsort(ids_A, stable=True)
+    sorted_ids_A = ids_A[order_A]
+    counts_E = jnp.zeros(num_experts, jnp.int32).at[ids_A].add(1, mode="drop")
+    blocks_E = -(-counts_E // block_rows)
+    last_block_E = jnp.cumsum(blocks_E)
+    first_row_E = (last_block_E - blocks_E) * block_rows
+    first_assignment_E = jnp.cumsum(counts_E) - counts_E
+
+    rank_A = jnp.arange(num_assignments) - first_assignment_E.at[sorted_ids_A].get(mode="clip")
+    rows_A = first_row_E.at[sorted_ids_A].get(mode="clip") + rank_A
+    rows_A = jnp.where(sorted_ids_A < num_experts, rows_A, num_rows)
+    return BlockPlan(
+        num_blocks=last_block_E[-1],
+        expert_of_block=jnp.searchsorted(last_block_E, jnp.arange(max_blocks), side="right"),
+        token_of_row=jnp.full(num_rows, num_tokens, jnp.int32)
+        .at[rows_A]
+        .set(order_A // top_k, mode="drop"),
+        row_of_assignment=jnp.zeros(num_assignments, jnp.int32).at[order_A].set(rows_A),
+    )

@@ -1,0 +1,135 @@
+"""What all scripts share: how they start, fail and are interrupted."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags, logging
+
+if TYPE_CHECKING:
+    import jmoe
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_CLOSED_STDOUT = 141  # 128 + SIGPIPE
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs a script's main function.
+
+    Bad flags and JmoeError print one error on stderr and exit with 2; Ctrl-C exits with 130;
+    a reader that closes stdout (``| head``) ends the script quietly with 141. None of them
+    prints a traceback. A script imports jmoe in its main function, not before: JAX takes
+    seconds to import, and --help should not.
+    """
+    try:
+        app.run(lambda _: _main(main), flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        _exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        _exit(EXIT_CLOSED_STDOUT)
+
+
+def _main(main: Callable[[], None]) -> None:
+    # absl raises the level to INFO, where JAX tells of every backend that is not there.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+    from jmoe.errors import JmoeError
+
+    try:
+        main()
+    except JmoeError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    _exit(EXIT_BAD_INPUT)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON value on one line of stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def note(message: str) -> None:
+    """Tells the user something that is not the answer: on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def status(message: str) -> Iterator[None]:
+    """Shows a line on stderr while something takes long; nothing if that is no terminal."""
+    show = sys.stderr.isatty()
+    if show:
+        print(message, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if show:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def describe(llm: "jmoe.LLM") -> str:
+    """One line about a loaded model."""
+    config, engine = llm.config, llm.engine
+    return (
+        f"{llm.name}: {config.model_type}, {llm.num_parameters / 1e6:,.1f} M parameters, "
+        f"{config.num_hidden_layers} layers of {config.router.num_experts} experts "
+        f"(top {config.router.top_k}); {engine.dtype} on {engine.device}, "
+        f"{engine.parameter_bytes / 2**20:,.1f} MiB, loaded in {llm.load_s:.1f} s"
+    )
+
+
+def speeds(stats: "jmoe.GenerationStats") -> str:
+    """One line about the speed of a generation."""
+    return (
+        f"prefill {stats.prefill_tokens} tokens in {stats.prefill_s:.3f} s "
+        f"({stats.prefill_tok_per_s:,.1f} tok/s), decode {stats.decode_tokens} tokens in "
+        f"{stats.decode_s:.3f} s ({stats.decode_tok_per_s:,.1f} tok/s); "
+        f"not counted: compilation, {stats.compile_s:.1f} s"
+    )
+
+
+def model_json(llm: "jmoe.LLM") -> dict[str, Any]:
+    """The same facts as ``describe``, for --output=json."""
+    config, engine = llm.config, llm.engine
+    return {
+        "name": llm.name,
+        "model_type": config.model_type,
+        "num_parameters": llm.num_parameters,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_experts": config.router.num_experts,
+        "num_experts_per_tok": config.router.top_k,
+        "dtype": engine.dtype,
+        "device": str(engine.device),
+        "parameter_bytes": engine.parameter_bytes,
+    }
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if any(arg in ("--help", "-h", "-help", "-?") for arg in argv[1:]):
+        app.usage(writeto_stdout=True)
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        fail(f"{error}\n  do: {os.path.basename(argv[0])} --help lists the flags")
+        raise AssertionError from None
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}\n  do: name every value by a flag, --flag=value")
+    return rest
+
+
+def _exit(code: int) -> None:
+    # What is still buffered cannot be written if the reader has gone: do not try at exit.
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

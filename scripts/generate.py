@@ -1,0 +1,175 @@
+"""Generates text with a Mixture-of-Experts model.
+
+Without flags the small model inside the package (17 M parameters, trained on the Python
+standard library) continues "class Stack:". Text streams to stdout as it is made; everything
+else goes to stderr.
+
+Examples:
+  python scripts/generate.py
+  python scripts/generate.py --prompt='def binary_search(' --temperature=0
+  python scripts/generate.py --model=mistralai/Mixtral-8x7B-Instruct-v0.1 --prompt='Hello!'
+  python scripts/generate.py --model=path/to/model --chat --system='You are brief.'
+  cat question.txt | python scripts/generate.py --prompt=- --output=json
+  python scripts/generate.py --prompt_file=prompts.jsonl --output=json
+"""
+
+import sys
+
+import _common
+from absl import flags
+
+_DEFAULT_PROMPT = "class Stack:"
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "Directory in Hugging Face format, or hub id. Default: the embedded model."
+)
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Prompt; repeat it for a batch. - reads standard input."
+)
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "Text file with one prompt, or .jsonl with one prompt per line."
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Talk with the model: one line of stdin per turn.")
+_SYSTEM = flags.DEFINE_string("system", None, "System message, for models with a chat template.")
+_RAW = flags.DEFINE_bool("raw", False, "Use prompts as they are, without the chat template.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest continuation, in tokens.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "0 is greedy. Default: the model's generation_config.json, or greedy."
+)
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most probable tokens; 0 is all.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Sample among the fewest tokens that reach p.")
+_MIN_P = flags.DEFINE_float(
+    "min_p", None, "Sample among tokens at least this share as probable as the best."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", None, "Above 1: makes tokens seen already less likely."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End the text before this string; repeatable.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "Of weights and arithmetic. auto: bfloat16, but float32 on a CPU with room for it.",
+)
+_OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Tell more on stderr.")
+
+
+def main() -> None:
+    import _prompts
+
+    import jmoe
+
+    if _RAW.value and (_CHAT.value or _SYSTEM.value is not None):
+        raise jmoe.RequestError("--raw goes without the chat template, --chat and --system need it")
+    options = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "min_p": _MIN_P.value,
+        "repetition_penalty": _REPETITION_PENALTY.value,
+        "seed": _SEED.value,
+        "stop": _STOP.value,
+    }
+    jmoe.check_options(**options)
+    prompts = _prompts.read_prompts(_PROMPT.value, _PROMPT_FILE.value)
+    if _CHAT.value and (prompts or _OUTPUT.value == "json"):
+        raise jmoe.RequestError("--chat goes without --prompt, --prompt_file and --output=json")
+
+    llm = jmoe.load(_MODEL.value, dtype=_DTYPE.value, progress=True)
+    _common.note(_common.describe(llm))
+    if _VERBOSE.value:
+        _common.note(f"{llm.options(**options)}")
+    if _CHAT.value:
+        _chat(llm, options)
+        return
+    if not prompts:
+        _common.note(f"prompt: {_DEFAULT_PROMPT}")
+        prompts = [_DEFAULT_PROMPT]
+    inputs = prompts
+    if _SYSTEM.value is not None or (llm.tokenizer.has_chat_template and not _RAW.value):
+        inputs = [_prompts.as_messages(prompt, _SYSTEM.value) for prompt in prompts]
+    if _OUTPUT.value == "json":
+        _common.print_json(_generate_json(llm, prompts, inputs, options))
+    else:
+        _stream(llm, inputs, options)
+
+
+def _stream(llm, prompts: list, options: dict) -> str:
+    """Prints the first unfinished prompt's text live, and what came meanwhile after it."""
+    waiting: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
+    finished: set[int] = set()
+    shown, answer = -1, ""
+    with _common.status("compiling and reading the prompt ..."):
+        chunks = llm.stream(prompts, **options)
+    for chunk in chunks:
+        waiting[chunk.index].append(chunk.text)
+        if chunk.finish_reason is not None:
+            finished.add(chunk.index)
+        while waiting:
+            current = min(waiting)
+            if len(prompts) > 1 and current != shown:
+                print(f"=== {current + 1}/{len(prompts)} ===")
+            shown = current
+            text = "".join(waiting[current])
+            waiting[current].clear()
+            answer += text
+            print(text, end="", flush=True)
+            if current not in finished:
+                break
+            del waiting[current]
+            print(flush=True)
+        if chunk.stats is not None:
+            _common.note(_common.speeds(chunk.stats))
+            if _VERBOSE.value:
+                _common.note(f"{chunk.stats}")
+    return answer
+
+
+def _generate_json(llm, prompts: list, inputs: list, options: dict) -> dict:
+    with _common.status("generating ..."):
+        results = llm.generate(inputs, **options)
+    stats = results[0].stats
+    _common.note(_common.speeds(stats))
+    fields = ("prompt_token_ids", "token_ids", "text", "finish_reason")
+    return {
+        "results": [
+            {"prompt": prompt, **{name: getattr(result, name) for name in fields}}
+            for prompt, result in zip(prompts, results, strict=True)
+        ],
+        "stats": {**stats.to_json(), "load_s": llm.load_s},
+        "model": _common.model_json(llm),
+    }
+
+
+def _chat(llm, options: dict) -> None:
+    import readline  # noqa: F401  (line editing for input())
+
+    import jmoe
+
+    if not llm.tokenizer.has_chat_template:
+        raise jmoe.RequestError(
+            "the model has no chat template", where=llm.directory, do="use --prompt with --raw"
+        )
+    system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+    messages = list(system)
+    _common.note("/reset starts over; /exit or Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip() == "/reset":
+            messages = list(system)
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            answer = _stream(llm, [messages], options)
+            messages.append({"role": "assistant", "content": answer})
+
+
+if __name__ == "__main__":
+    _common.run(main)
