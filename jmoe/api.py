@@ -233,7 +233,8 @@ def load(
       model: a directory in Hugging Face format, or a hub id ("org/name"), which is found in
         the local hub cache or downloaded. None is the small model inside the package.
       dtype: of weights and arithmetic: "float32", "bfloat16", or "auto", which is
-        bfloat16 on an accelerator, and on the CPU backend float32 if that fits into free memory, else bfloat16.
+        bfloat16 on an accelerator; on the CPU backend float32 if that fits into free
+        memory, else bfloat16.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.

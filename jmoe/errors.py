@@ -32,8 +32,11 @@ class JmoeError(Exception):
         self.expected = expected
         self.do = do
         details = {"in": where, "got": got, "expected": expected, "do": do}
-        lines = [f"  {label}{'' if label == 'in' else ':'} {value}"
-                 for label, value in details.items() if value is not None]
+        lines = [
+            f"  {label}{'' if label == 'in' else ':'} {value}"
+            for label, value in details.items()
+            if value is not None
+        ]
         super().__init__("\n".join([what, *lines]))
 
 
