@@ -1,0 +1,115 @@
+"""Verifying a model directory without running it: configuration, headers, names, shapes, values.
+
+Says whether a model would load, not whether it is any good.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jmoe.models import families
+from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.json_files import read_config_json
+from jmoe.store.safetensors_file import NUMPY_DTYPES
+
+# Per type: an unsigned integer of its size, and the exponent bits, all set in NaN and infinity.
+_EXPONENTS = {
+    "BF16": (np.uint16, np.uint16(0x7F80)),
+    "F16": (np.uint16, np.uint16(0x7C00)),
+    "F32": (np.uint32, np.uint32(0x7F800000)),
+}
+_CHUNK_ELEMENTS = 1 << 22  # keeps temporaries small beside the tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NonFinite:
+    """How many elements of one tensor are not numbers."""
+
+    num_nan: int
+    num_inf: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointReport:
+    """What a valid model directory holds."""
+
+    directory: Path
+    family: str
+    num_shards: int
+    num_tensors: int
+    num_parameters: int
+    total_bytes: int
+    dtypes: Mapping[str, int]  # number of tensors by type
+    non_finite: Mapping[str, NonFinite] | None  # by tensor; None where values were not read
+
+
+def verify_directory(
+    directory: Path,
+    *,
+    deep: bool = False,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> CheckpointReport:
+    """Checks that a model directory can be loaded.
+
+    Args:
+      directory: a model directory in Hugging Face format.
+      deep: also read every tensor and count NaN and infinity. Needs the memory of one tensor.
+      progress: told the bytes read so far, and in all, after each tensor of a deep check.
+
+    Raises:
+      ConfigError: config.json is not usable.
+      CheckpointError: tensors are missing, extra, damaged, or of the wrong shape or type.
+    """
+    config = families.config_from_json(read_config_json(directory), directory / "config.json")
+    checkpoint = Checkpoint.open(directory)
+    expected, optional = families.tensor_shapes(config)
+    checkpoint.check(
+        expected,
+        optional=optional,
+        ignored=lambda name: families.is_ignored_tensor(config, name),
+    )
+    tensors = checkpoint.tensors.values()
+    return CheckpointReport(
+        directory=directory,
+        family=config.model_type,
+        num_shards=checkpoint.num_shards,
+        num_tensors=len(tensors),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        total_bytes=checkpoint.total_bytes,
+        dtypes=dict(collections.Counter(tensor.dtype for tensor in tensors).most_common()),
+        non_finite=find_non_finite(checkpoint, progress) if deep else None,
+    )
+
+
+def find_non_finite(
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> dict[str, NonFinite]:
+    """Reads all tensors of the types that jmoe loads, and finds those with NaN or infinity."""
+    found = {}
+    done_bytes = 0
+    in_order = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
+    for info in in_order:
+        if info.dtype in NUMPY_DTYPES:
+            counts = _count_non_finite(checkpoint.read(info.name), *_EXPONENTS[info.dtype])
+            if counts.num_nan or counts.num_inf:
+                found[info.name] = counts
+        done_bytes += info.num_bytes
+        progress(done_bytes, checkpoint.total_bytes)
+    return found
+
+
+def _count_non_finite(tensor: np.ndarray, uint: type, exponent: np.unsignedinteger) -> NonFinite:
+    bits = tensor.reshape(-1).view(uint)
+    magnitude = exponent | (exponent - uint(1))  # all bits but the sign
+    num_nan = num_inf = 0
+    for start in range(0, bits.size, _CHUNK_ELEMENTS):
+        unsigned = bits[start : start + _CHUNK_ELEMENTS] & magnitude
+        # Of two floats without sign the larger has the larger bits; infinity has the exponent only.
+        num_inf += int(np.count_nonzero(unsigned == exponent))
+        num_nan += int(np.count_nonzero(unsigned > exponent))
+    return NonFinite(num_nan=num_nan, num_inf=num_inf)
