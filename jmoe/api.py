@@ -253,7 +253,7 @@ def load(
         check_tensors(checkpoint, config)
         tokenizer = Tokenizer.load(directory, vocab_size=config.vocab_size)
         defaults = GenerationDefaults.load(directory, config_json)
-        device = device or jax.local_devices()[0]
+        device = device or _default_device()
         dtype_name = _choose_dtype(dtype, config, device)
         num_bytes = parameter_bytes(config, dtype_name)
         check_fits(
@@ -270,6 +270,18 @@ def load(
             engine = ResidentEngine(config, parameters, dtype_name, device)
     name = "tiny-mixtral (embedded)" if model is None else str(model)
     return LLM(name, directory, tokenizer, defaults, engine, stopwatch.seconds)
+
+
+def _default_device() -> jax.Device:
+    try:
+        return jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as error:  # a backend that JAX_PLATFORMS asks for
+        raise ConfigError(
+            "JAX cannot start on any device",
+            where=f"JAX_PLATFORMS={jax.config.jax_platforms or ''}",
+            got=str(error) or type(error).__name__,
+            do="unset JAX_PLATFORMS, or install the extra for your accelerator, jmoe[cuda12]",
+        ) from None
 
 
 def parameter_bytes(config: ModelConfig, dtype: str) -> int:

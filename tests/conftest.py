@@ -1,17 +1,12 @@
 """Set-up of the whole suite: annotated shapes are checked, and nothing reaches the network."""
 
 import os
-import warnings
 
-from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # noqa: F401  (named below)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-# Flax annotates with typing.Hashable.
-warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(

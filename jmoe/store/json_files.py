@@ -25,7 +25,7 @@ def read_json_object(
         raise error(f"{path.name} is missing", where=path.parent, do=missing_do) from None
     except OSError as e:
         raise error(f"{path.name} cannot be read", where=path.parent, got=e.strerror) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: also not UTF-8, or a huge number
         raise error(
             f"{path.name} is not JSON", where=path.parent, got=e, do="download the file again"
         ) from None
