@@ -1,6 +1,7 @@
 """The public surface: load a model, generate text."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -278,7 +279,7 @@ def _default_device() -> jax.Device:
     except (RuntimeError, AssertionError) as error:  # a backend that JAX_PLATFORMS asks for
         raise ConfigError(
             "JAX cannot start on any device",
-            where=f"JAX_PLATFORMS={jax.config.jax_platforms or ''}",
+            where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
             got=str(error) or type(error).__name__,
             do="unset JAX_PLATFORMS, or install the extra for your accelerator, jmoe[cuda12]",
         ) from None

@@ -16,12 +16,23 @@ def read_prompts(prompts: list[str], prompt_file: str | None) -> list[Any]:
     taken as it is, to its last newline; so is standard input.
 
     Raises:
-      RequestError: a file cannot be read, is not UTF-8, or is not such JSON.
+      RequestError: a prompt is empty, a file cannot be read, is not UTF-8, or is not such JSON.
     """
     texts: list[Any] = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
-    if prompt_file is None:
-        return texts
-    path = Path(prompt_file)
+    if prompt_file is not None:
+        texts += _read_file(Path(prompt_file))
+    if "" in texts:
+        raise RequestError("the prompt is empty", do="give it some text")
+    return texts
+
+
+def as_messages(prompt: Any, system: str | None) -> Any:
+    """A text prompt as a conversation of one question; messages stay, behind the system's."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _read_file(path: Path) -> list[Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -29,13 +40,7 @@ def read_prompts(prompts: list[str], prompt_file: str | None) -> list[Any]:
             "the prompt file cannot be read", where=path, got=error.strerror
         ) from None
     text = _decode(data, path)
-    return texts + (_parse_lines(text, path) if path.suffix == ".jsonl" else [text])
-
-
-def as_messages(prompt: Any, system: str | None) -> Any:
-    """A text prompt as a conversation of one question; messages stay, behind the system's."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [{"role": "system", "content": system}, *turns] if system else turns
+    return _parse_lines(text, path) if path.suffix == ".jsonl" else [text]
 
 
 def _read_stdin() -> str:

@@ -19,7 +19,10 @@ def forward(config, parameters, token_ids_BL, start_B, valid_BL, cache, form):
     return model.logits(hidden), cache, routings
 
 
-def run(config, parameters, token_ids, sizes, form=ExpertForm("blocks", 4)):
+BLOCKS = ExpertForm("blocks", 4)
+
+
+def run(config, parameters, token_ids, sizes, form=BLOCKS):
     """Logits of one sequence that goes through the model in pieces of these sizes."""
     cache = kv_cache.init_cache(config, 1, 128, "float32")
     logits, start = [], 0

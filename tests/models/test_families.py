@@ -101,7 +101,8 @@ def test_settings_without_effect_pass():
         st.recursive(
             st.none() | st.booleans() | st.integers(-4, 300) | st.floats() | st.text(max_size=4),
             lambda inner: (
-                st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+                st.lists(inner, max_size=2)
+                | st.dictionaries(st.text(max_size=4), inner, max_size=2)
             ),
             max_leaves=3,
         ),
