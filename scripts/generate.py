@@ -1,7 +1,7 @@
 """Generates text with a Mixture-of-Experts model.
 
 Without flags the small model inside the package (17 M parameters, trained on the Python
-standard library) continues "class Stack:". Text streams to stdout as it is made; everything
+standard library) continues a class. Text streams to stdout as it is made; everything
 else goes to stderr.
 
 Examples:
@@ -18,7 +18,7 @@ import sys
 import _common
 from absl import flags
 
-_DEFAULT_PROMPT = "class Stack:"
+_DEFAULT_PROMPT = 'class Reader:\n    """Reads records from a file."""'
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Directory in Hugging Face format, or hub id. Default: the embedded model."
