@@ -14,6 +14,7 @@ import numpy as np
 from jmoe.models import families
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.json_files import read_config_json
+from jmoe.store.parameters import check_tensors
 from jmoe.store.safetensors_file import NUMPY_DTYPES
 
 # Per type: an unsigned integer of its size, and the exponent bits, all set in NaN and infinity.
@@ -66,12 +67,7 @@ def verify_directory(
     """
     config = families.config_from_json(read_config_json(directory), directory / "config.json")
     checkpoint = Checkpoint.open(directory)
-    expected, optional = families.tensor_shapes(config)
-    checkpoint.check(
-        expected,
-        optional=optional,
-        ignored=lambda name: families.is_ignored_tensor(config, name),
-    )
+    check_tensors(checkpoint, config)
     tensors = checkpoint.tensors.values()
     return CheckpointReport(
         directory=directory,
