@@ -13,8 +13,6 @@ Examples:
   python scripts/generate.py --prompt_file=prompts.jsonl --output=json
 """
 
-import sys
-
 import _common
 from absl import flags
 
@@ -57,6 +55,7 @@ _VERBOSE = flags.DEFINE_bool("verbose", False, "Tell more on stderr.")
 
 
 def main() -> None:
+    import _conversation
     import _prompts
 
     import jmoe
@@ -83,7 +82,7 @@ def main() -> None:
     if _VERBOSE.value:
         _common.note(f"{llm.options(**options)}")
     if _CHAT.value:
-        _chat(llm, options)
+        _conversation.chat(llm, _SYSTEM.value, options)
         return
     if not prompts:
         _common.note(f"prompt: {_DEFAULT_PROMPT}")
@@ -94,38 +93,7 @@ def main() -> None:
     if _OUTPUT.value == "json":
         _common.print_json(_generate_json(llm, prompts, inputs, options))
     else:
-        _stream(llm, inputs, options)
-
-
-def _stream(llm, prompts: list, options: dict) -> str:
-    """Prints the first unfinished prompt's text live, and what came meanwhile after it."""
-    waiting: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
-    finished: set[int] = set()
-    shown, answer = -1, ""
-    with _common.status("compiling and reading the prompt ..."):
-        chunks = llm.stream(prompts, **options)
-    for chunk in chunks:
-        waiting[chunk.index].append(chunk.text)
-        if chunk.finish_reason is not None:
-            finished.add(chunk.index)
-        while waiting:
-            current = min(waiting)
-            if len(prompts) > 1 and current != shown:
-                print(f"=== {current + 1}/{len(prompts)} ===")
-            shown = current
-            text = "".join(waiting[current])
-            waiting[current].clear()
-            answer += text
-            print(text, end="", flush=True)
-            if current not in finished:
-                break
-            del waiting[current]
-            print(flush=True)
-        if chunk.stats is not None:
-            _common.note(_common.speeds(chunk.stats))
-            if _VERBOSE.value:
-                _common.note(f"{chunk.stats}")
-    return answer
+        _conversation.print_text(llm, inputs, options)
 
 
 def _generate_json(llm, prompts: list, inputs: list, options: dict) -> dict:
@@ -142,33 +110,6 @@ def _generate_json(llm, prompts: list, inputs: list, options: dict) -> dict:
         "stats": {**stats.to_json(), "load_s": llm.load_s},
         "model": _common.model_json(llm),
     }
-
-
-def _chat(llm, options: dict) -> None:
-    import readline  # noqa: F401  (line editing for input())
-
-    import jmoe
-
-    if not llm.tokenizer.has_chat_template:
-        raise jmoe.RequestError(
-            "the model has no chat template", where=llm.directory, do="use --prompt with --raw"
-        )
-    system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
-    messages = list(system)
-    _common.note("/reset starts over; /exit or Ctrl-D ends.")
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip() == "/exit":
-            return
-        if line.strip() == "/reset":
-            messages = list(system)
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            answer = _stream(llm, [messages], options)
-            messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":

@@ -8,22 +8,19 @@ the device never waits for Python.
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jmoe.engines import programs
+from jmoe.engines.device_model import DeviceModel
 from jmoe.engines.memory import check_fits
 from jmoe.engines.programs import DecodeState
 from jmoe.generation.options import GenerationOptions
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models import kv_cache
-
-if TYPE_CHECKING:
-    from jmoe.engines.resident import ResidentEngine
 
 # Longest and shortest piece of a prompt that goes through the model at once. Attention
 # scores take chunk * capacity * heads * 4 bytes.
@@ -61,14 +58,14 @@ class BatchRun:
 
     def __init__(
         self,
-        engine: "ResidentEngine",
+        model: DeviceModel,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
     ):
-        config, put = engine.config, engine.put
+        config, put = model.config, model.put
         room = [config.max_position_embeddings - len(prompt) for prompt in prompts]
         self.max_new_tokens = [min(options.max_new_tokens, tokens) for tokens in room]
-        self._engine = engine
+        self._model = model
         self._prompts = prompts
         self._kind = SamplingKind.of(options)
         self._chunks = prompt_chunks(max(map(len, prompts)))
@@ -88,75 +85,73 @@ class BatchRun:
                 repetition_penalty=put(np.float32(options.repetition_penalty)),
             ),
         )
-        cache = kv_cache.init_cache(
-            config, len(prompts), self._capacity, engine.dtype, engine.device
-        )
-        hidden_BD = put(np.zeros((len(prompts), config.hidden_size), jnp.dtype(engine.dtype)))
-        before = engine.programs.num_compiled
+        cache = kv_cache.init_cache(config, len(prompts), self._capacity, model.dtype, model.device)
+        hidden_BD = put(np.zeros((len(prompts), config.hidden_size), jnp.dtype(model.dtype)))
+        before = model.programs.num_compiled
         stopwatch = Stopwatch()
         with stopwatch:
             self._compile(cache, hidden_BD)
-            if engine.programs.num_compiled > before:
+            if model.programs.num_compiled > before:
                 cache, hidden_BD = self._warm_up(cache, hidden_BD)
-        self._num_compiled = engine.programs.num_compiled - before
+        self._num_compiled = model.programs.num_compiled - before
         self._compile_s = stopwatch.seconds
         self._prefill(cache, hidden_BD)
 
     def _check_capacity(self) -> int:
-        engine, batch_size = self._engine, len(self._prompts)
+        model, batch_size = self._model, len(self._prompts)
         lengths = zip(self._prompts, self.max_new_tokens, strict=True)
         longest = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
         capacity = kv_cache.bucket_capacity(max(longest, sum(self._chunks)))
         check_fits(
-            kv_cache.cache_bytes(engine.config, batch_size, capacity, engine.dtype),
-            engine.device,
+            kv_cache.cache_bytes(model.config, batch_size, capacity, model.dtype),
+            model.device,
             what=f"the KV cache of {batch_size} x {capacity} positions",
             do="run fewer prompts at once, shorten them, or lower max_new_tokens",
         )
         return capacity
 
     def _seen_in_prompts(self) -> np.ndarray:
-        seen_BV = np.zeros((len(self._prompts), self._engine.config.vocab_size), bool)
+        seen_BV = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
         for row, prompt in zip(seen_BV, self._prompts, strict=True):
             row[np.asarray(prompt)] = True
         return seen_BV
 
     def _compile(self, cache: kv_cache.KVCache, hidden_BD: jax.Array) -> None:
-        engine, batch_size = self._engine, len(self._prompts)
+        model, batch_size = self._model, len(self._prompts)
         int32 = jnp.int32
         start = jax.ShapeDtypeStruct((), int32)
         self._prefill_chunk = {
-            size: engine.programs.get(
+            size: model.programs.get(
                 programs.prefill_chunk,
-                engine.parameters,
+                model.parameters,
                 cache,
                 hidden_BD,
                 jax.ShapeDtypeStruct((batch_size, size), int32),
                 start,
                 self._lengths_B,
-                **engine.static_arguments(batch_size * size),
+                **model.static_arguments(batch_size * size),
             )
             for size in set(self._chunks)
         }
-        self._first_tokens = engine.programs.get(
+        self._first_tokens = model.programs.get(
             programs.first_tokens,
-            engine.parameters,
+            model.parameters,
             hidden_BD,
             self._lengths_B,
             self._seen_BV,
             *self._sampling,
-            config=engine.config,
-            dtype=engine.dtype,
+            config=model.config,
+            dtype=model.dtype,
             kind=self._kind,
         )
         token_ids_B = self._lengths_B  # of the same shape and dtype
-        self._decode_step = engine.programs.get(
+        self._decode_step = model.programs.get(
             programs.decode_step,
-            engine.parameters,
+            model.parameters,
             DecodeState(cache, self._lengths_B, token_ids_B, self._seen_BV),
             self._active_B,
             *self._sampling,
-            **engine.static_arguments(batch_size),
+            **model.static_arguments(batch_size),
             kind=self._kind,
         )
 
@@ -167,7 +162,7 @@ class BatchRun:
 
         What that leaves in the cache lies beyond every sequence's length, and is overwritten.
         """
-        put, parameters = self._engine.put, self._engine.parameters
+        put, parameters = self._model.put, self._model.parameters
         lengths_B = np.ones(len(self._prompts), np.int32)
         for size, prefill_chunk in self._prefill_chunk.items():
             token_ids_BL = put(np.zeros((len(self._prompts), size), np.int32))
@@ -184,23 +179,23 @@ class BatchRun:
         return state.cache, hidden_BD
 
     def _prefill(self, cache: kv_cache.KVCache, hidden_BD: jax.Array) -> None:
-        engine = self._engine
+        model = self._model
         padded_BL = pad_prompts(self._prompts, sum(self._chunks))
         started = time.perf_counter()
         start = 0
         for size in self._chunks:
-            chunk_BL = engine.put(padded_BL[:, start : start + size])
+            chunk_BL = model.put(padded_BL[:, start : start + size])
             cache, hidden_BD = self._prefill_chunk[size](
-                engine.parameters,
+                model.parameters,
                 cache,
                 hidden_BD,
                 chunk_BL,
-                engine.put(np.int32(start)),
+                model.put(np.int32(start)),
                 self._lengths_B,
             )
             start += size
         token_ids_B, seen_BV = self._first_tokens(
-            engine.parameters, hidden_BD, self._lengths_B, self._seen_BV, *self._sampling
+            model.parameters, hidden_BD, self._lengths_B, self._seen_BV, *self._sampling
         )
         self._first = np.asarray(token_ids_B)
         self._first_token_at = self._last_token_at = time.perf_counter()
@@ -233,7 +228,7 @@ class BatchRun:
 
     def _dispatch(self) -> jax.Array:
         self._state, token_ids_B = self._decode_step(
-            self._engine.parameters, self._state, self._active_B, *self._sampling
+            self._model.parameters, self._state, self._active_B, *self._sampling
         )
         token_ids_B.copy_to_host_async()
         return token_ids_B
@@ -242,7 +237,7 @@ class BatchRun:
         """Ends a sequence: it is not computed any more from the next dispatched step on."""
         self._active[sequence] = False
         if self._active.any():
-            self._active_B = self._engine.put(self._active.copy())
+            self._active_B = self._model.put(self._active.copy())
 
     def stats(self) -> GenerationStats:
         """Work and time so far."""

@@ -1,0 +1,54 @@
+"""A model whose parameters all live on one device, and the programs compiled for it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jmoe.config import ModelConfig
+from jmoe.engines.programs import ProgramCache
+from jmoe.models.experts import choose_form
+
+
+class DeviceModel:
+    """Weights and programs of one model on one device.
+
+    Attributes:
+      config: the model.
+      dtype: of parameters, activations and KV cache: "float32" or "bfloat16".
+      device: where it runs.
+      parameters: flat tuple of arrays in the order of ``decoder.abstract_parameters``.
+      programs: what has been compiled so far.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Iterable[np.ndarray | jax.Array],
+        dtype: str,
+        device: jax.Device,
+    ):
+        """Moves the parameters to the device one by one, as the iterable yields them.
+
+        On the CPU backend an aligned numpy array is taken over without a copy, and must not
+        be changed afterwards.
+        """
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.parameters = tuple(map(self.put, parameters))
+        self.programs = ProgramCache(device)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    def put(self, array: Any) -> jax.Array:
+        """Copies an array to the device."""
+        return jax.device_put(array, self.device)
+
+    def static_arguments(self, num_tokens: int) -> dict[str, Any]:
+        """What programs for so many tokens are specialised to."""
+        form = choose_form(num_tokens, self.config, self.device.platform)
+        return {"config": self.config, "dtype": self.dtype, "form": form}
