@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.config import ModelConfig
 from jmoe.engines import programs
 from jmoe.engines.device_model import DeviceModel
 from jmoe.engines.memory import check_fits
@@ -22,20 +23,28 @@ from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models import kv_cache
 
-# Longest and shortest piece of a prompt that goes through the model at once. Attention
-# scores take chunk * capacity * heads * 4 bytes.
+# Longest and shortest piece of a prompt that goes through the model at once.
 MAX_CHUNK = 512
 MIN_CHUNK = 16
+# Attention scores of a chunk, the largest temporary of a program, stay below this.
+MAX_SCORE_BYTES = 2**29
 
 
-def prompt_chunks(num_tokens: int) -> list[int]:
-    """Lengths of the chunks of a prompt, padding included: MAX_CHUNK, then a power of two.
+def longest_chunk(config: ModelConfig, batch_size: int, num_positions: int) -> int:
+    """Largest power of two whose attention scores over so many positions stay in bounds."""
+    score_bytes = 4 * batch_size * config.num_attention_heads * num_positions
+    fitting = max(1, MAX_SCORE_BYTES // score_bytes)
+    return max(MIN_CHUNK, min(MAX_CHUNK, 1 << (fitting.bit_length() - 1)))
+
+
+def prompt_chunks(num_tokens: int, longest: int = MAX_CHUNK) -> list[int]:
+    """Lengths of the chunks of a prompt, padding included: the longest, then a power of two.
 
     Buckets bound the number of compiled programs; the last chunk is less than half padding.
     """
-    full, rest = divmod(num_tokens, MAX_CHUNK)
+    full, rest = divmod(num_tokens, longest)
     last = [max(MIN_CHUNK, 1 << (rest - 1).bit_length())] if rest else []
-    return [MAX_CHUNK] * full + last
+    return [longest] * full + last
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -68,8 +77,7 @@ class BatchRun:
         self._model = model
         self._prompts = prompts
         self._kind = SamplingKind.of(options)
-        self._chunks = prompt_chunks(max(map(len, prompts)))
-        self._capacity = self._check_capacity()
+        self._chunks, capacity = self._plan_memory()
 
         self._active = np.ones(len(prompts), bool)
         self._active_B = put(self._active.copy())
@@ -85,7 +93,7 @@ class BatchRun:
                 repetition_penalty=put(np.float32(options.repetition_penalty)),
             ),
         )
-        cache = kv_cache.init_cache(config, len(prompts), self._capacity, model.dtype, model.device)
+        cache = kv_cache.init_cache(config, len(prompts), capacity, model.dtype, model.device)
         hidden_BD = put(np.zeros((len(prompts), config.hidden_size), jnp.dtype(model.dtype)))
         before = model.programs.num_compiled
         stopwatch = Stopwatch()
@@ -97,18 +105,21 @@ class BatchRun:
         self._compile_s = stopwatch.seconds
         self._prefill(cache, hidden_BD)
 
-    def _check_capacity(self) -> int:
+    def _plan_memory(self) -> tuple[list[int], int]:
+        """Lengths of the prompt's chunks, and positions of the KV cache, if they fit."""
         model, batch_size = self._model, len(self._prompts)
         lengths = zip(self._prompts, self.max_new_tokens, strict=True)
-        longest = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
-        capacity = kv_cache.bucket_capacity(max(longest, sum(self._chunks)))
+        num_positions = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
+        longest = longest_chunk(model.config, batch_size, num_positions)
+        chunks = prompt_chunks(max(map(len, self._prompts)), longest)
+        capacity = kv_cache.bucket_capacity(max(num_positions, sum(chunks)))
         check_fits(
             kv_cache.cache_bytes(model.config, batch_size, capacity, model.dtype),
             model.device,
             what=f"the KV cache of {batch_size} x {capacity} positions",
             do="run fewer prompts at once, shorten them, or lower max_new_tokens",
         )
-        return capacity
+        return chunks, capacity
 
     def _seen_in_prompts(self) -> np.ndarray:
         seen_BV = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)

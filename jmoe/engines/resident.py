@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmoe.engines import programs
-from jmoe.engines.batch import BatchRun, pad_prompts, prompt_chunks
+from jmoe.engines.batch import BatchRun, longest_chunk, pad_prompts, prompt_chunks
 from jmoe.engines.device_model import DeviceModel
 from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions
@@ -37,7 +37,7 @@ class ResidentEngine(DeviceModel):
           RequestError: no token, an unknown one, or more than the model's context.
         """
         self._check_prompts([token_ids], reserve=0)
-        chunks = prompt_chunks(len(token_ids))
+        chunks = prompt_chunks(len(token_ids), longest_chunk(self.config, 1, len(token_ids)))
         padded_BL = pad_prompts([token_ids], sum(chunks))
         capacity = kv_cache.bucket_capacity(sum(chunks))
         cache = kv_cache.init_cache(self.config, 1, capacity, self.dtype, self.device)
