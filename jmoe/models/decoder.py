@@ -145,10 +145,6 @@ def rebuild(config: ModelConfig, dtype: str, parameters: tuple[jax.Array, ...]) 
 
 def random_parameters(config: ModelConfig, dtype: str, seed: int = 0) -> tuple[jax.Array, ...]:
     """Random weights, scaled so that activations stay of order one; for tests and benchmarks."""
-    return _random_parameters(config, dtype, jax.random.key(seed))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _random_parameters(config: ModelConfig, dtype: str, key: jax.Array) -> tuple[jax.Array, ...]:
-    _, state = nnx.split(Decoder(config, jnp.dtype(dtype), nnx.Rngs(key)))
+    # Not in one program: layers repeat their shapes, and a program per shape compiles faster.
+    _, state = nnx.split(Decoder(config, jnp.dtype(dtype), nnx.Rngs(seed)))
     return tuple(jax.tree.leaves(state))
