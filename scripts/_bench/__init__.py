@@ -1,0 +1,1 @@
+"""What bench.py is made of: ceilings, suites, peers, and how results are reported."""

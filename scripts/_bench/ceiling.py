@@ -1,0 +1,98 @@
+"""What this machine can do at best: read memory, and multiply matrices.
+
+Both are measured in the run that they are compared with, and again beside every repetition. The
+best of a few readings counts: a disturbance can only lower it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.models.linear import linear
+
+_THOROUGH = 9  # repetitions
+_CPU_READ_BYTES = 2**29  # far beyond any cache that a few cores share
+_DEVICE_READ_BYTES = 2**30
+_CPU_MATMUL_SIZE = 2048
+_DEVICE_MATMUL_SIZE = 8192
+
+
+def num_threads() -> int:
+    """Threads that this process may run at once."""
+    return len(os.sched_getaffinity(0))
+
+
+class Ceiling:
+    """Arrays to measure with, again and again.
+
+    Attributes:
+      read_how: what was found to read fastest.
+      matmul_how: what is multiplied.
+    """
+
+    def __init__(self, device: jax.Device, dtype: str):
+        is_cpu = device.platform == "cpu"
+        self._num_bytes = _CPU_READ_BYTES if is_cpu else _DEVICE_READ_BYTES
+        array = np.ones(self._num_bytes // 4, np.float32)
+        on_device = jax.device_put(array, device)
+        gib = f"{self._num_bytes / 2**30:g} GiB"
+        reads: dict[str, Callable[[], Any]] = {f"jitted sum of {gib}": lambda: _sum(on_device)}
+        if is_cpu:
+            # Of numpy's reductions the one with the least arithmetic per byte.
+            slices = np.array_split(array.view(np.int64), num_threads())
+            pool = ThreadPoolExecutor(num_threads())
+            reads[f"numpy bitwise or of {gib} in {num_threads()} threads"] = lambda: list(
+                pool.map(np.bitwise_or.reduce, slices)
+            )
+        seconds = {how: _best(read) for how, read in reads.items()}
+        self.read_how = min(seconds, key=lambda how: seconds[how])
+        self._read = reads[self.read_how]
+
+        size = _CPU_MATMUL_SIZE if is_cpu else _DEVICE_MATMUL_SIZE
+        x = jax.device_put(jnp.ones((size, size), dtype), device)
+        self._flop = 2 * size**3
+        self._multiply = lambda: _multiply(x, x)
+        self.matmul_how = f"{dtype} {size} x {size} x {size} through XLA, summed in float32"
+        self.matmul_flop_per_s()
+
+    def read_bytes_per_s(self, repeats: int = 3) -> float:
+        return self._num_bytes / _best(self._read, repeats)
+
+    def matmul_flop_per_s(self, repeats: int = 3) -> float:
+        return self._flop / _best(self._multiply, repeats)
+
+    def to_json(self) -> dict[str, Any]:
+        """Measures both, thoroughly."""
+        return {
+            "read_bytes_per_s": self.read_bytes_per_s(_THOROUGH),
+            "read_how": self.read_how,
+            "matmul_flop_per_s": self.matmul_flop_per_s(_THOROUGH),
+            "matmul_how": self.matmul_how,
+            "num_threads": num_threads(),
+        }
+
+
+@jax.jit
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x)
+
+
+@jax.jit
+def _multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+    return linear(x, w)
+
+
+def _best(run: Callable[[], Any], repeats: int = 3) -> float:
+    """Seconds of the fastest repetition."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

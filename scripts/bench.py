@@ -1,0 +1,94 @@
+"""Measures the speed of jmoe beside what this machine could reach, and beside a peer.
+
+First comes the ceiling: the read bandwidth of the memory and the speed of a large matrix product,
+measured in the same run. Then one row per test, named as llama-bench does: pp64 is processing a
+prompt of 64 tokens, tg64 is generating 64 tokens after a prompt of one. Figures are medians over
+--repeats; with --peer the two programs take turns, repetition by repetition, on the same weights.
+Compilation and warm-up are never part of a figure. The last line of stdout is one JSON object.
+
+Suites:
+  decode  prefill and decode of the resident engine: all weights in one memory
+
+Examples:
+  python scripts/bench.py
+  python scripts/bench.py --dtype=bfloat16 --batch=1,4 --repeats=9
+  python scripts/bench.py --config=configs/models/mixtral-8x7b.json --layers=1
+  python scripts/bench.py --peer=transformers --output_file=results.jsonl
+  python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
+"""
+
+import importlib
+
+import _common
+from absl import flags
+
+# Modules with run(settings, report), which returns its part of the last line.
+_SUITES = {"decode": "_bench.decode"}
+
+_SUITE = flags.DEFINE_enum("suite", "decode", list(_SUITES), "What to measure.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Directory in Hugging Face format, or hub id. Default: the embedded model."
+)
+_CONFIG = flags.DEFINE_string(
+    "config", None, "config.json of a shape to fill with random weights, instead of --model."
+)
+_LAYERS = flags.DEFINE_integer(
+    "layers", None, "With --config: num_hidden_layers, instead of the file's.", lower_bound=1
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "Of weights and arithmetic. auto: float32 on a CPU, bfloat16 elsewhere.",
+)
+_BATCH = flags.DEFINE_list("batch", "1", "Numbers of sequences to run at once: 1,4,16")
+_PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", "64,512", "Tokens of the pp tests, or none.")
+_NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 64, "Tokens of the tg test; 0 leaves it out.", lower_bound=0
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Measured repetitions of each test.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 1, "Repetitions before, not measured.", lower_bound=0)
+_PEER = flags.DEFINE_enum(
+    "peer", "none", ["none", "transformers"], "Program to compare with (transformers with torch)."
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", "md", ["md", "jsonl"], "Of the ceiling and the rows; the last line is always JSON."
+)
+_OUTPUT_FILE = flags.DEFINE_string("output_file", None, "File to append the last line to.")
+
+
+def main() -> None:
+    from _bench import machine, report
+    from _bench.settings import Settings, read_integers
+
+    import jmoe
+
+    settings = Settings(
+        model=_MODEL.value,
+        config=_CONFIG.value,
+        layers=_LAYERS.value,
+        dtype=_DTYPE.value,
+        batch_sizes=read_integers("batch", _BATCH.value),
+        prompt_lengths=read_integers("prompt_lengths", _PROMPT_LENGTHS.value),
+        new_tokens=_NEW_TOKENS.value,
+        repeats=_REPEATS.value,
+        warmup=_WARMUP.value,
+        peer=_PEER.value,
+    )
+    with report.ResultFile(_OUTPUT_FILE.value) as result_file:
+        header = {
+            "suite": _SUITE.value,
+            **machine.describe_commit(),
+            "version": jmoe.__version__,
+            "date": machine.now(),
+            "machine": machine.describe_machine(),
+            "settings": settings.to_json(),
+        }
+        suite = importlib.import_module(_SUITES[_SUITE.value])
+        summary = header | suite.run(settings, report.REPORTS[_FORMAT.value]())
+        _common.print_json(summary)
+        result_file.append(summary)
+
+
+if __name__ == "__main__":
+    _common.run(main)
