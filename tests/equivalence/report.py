@@ -45,11 +45,13 @@ def environment() -> None:
     git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     memory_gib = psutil.virtual_memory().total / 2**30
+    distribution = platform.freedesktop_os_release()["PRETTY_NAME"]
+    kernel = ".".join(platform.release().split(".")[:2])
     isa = "with AVX-512" if "avx512f" in cpu_info else "without AVX-512"
     rows = [
         ("CPU", f"{model[1] if model else '?'}, {os.cpu_count()} cores, {isa}"),
         ("memory", f"{memory_gib:.0f} GiB"),
-        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("system", f"{distribution}, Linux {kernel}, {platform.machine()}"),
         ("Python", platform.python_version()),
         *((package, version(package)) for package in PACKAGES),
         ("commit", commit),
