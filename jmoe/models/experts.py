@@ -23,8 +23,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.models.linear import linear
+from jmoe.models.linear import linear_of_stack
 from jmoe.models.router import Routing
+
+# Of an expert's weight at a time: in the second or third cache of any recent processor.
+CPU_TILE_BYTES = 4 * 2**20
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
 
@@ -33,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
 class ExpertForm:
     kind: Literal["reduce", "blocks"]
     block_rows: int = 1  # tokens per block
+    tile_bytes: int | None = None  # of a weight to multiply by at a time; None is all of it
 
 
 def choose_form(num_tokens: int, config: ModelConfig, platform: str) -> ExpertForm:
@@ -40,10 +44,10 @@ def choose_form(num_tokens: int, config: ModelConfig, platform: str) -> ExpertFo
     if num_tokens <= 4 and platform != "cpu":
         return ExpertForm("reduce")
     # About one block per expert: every block copies its expert out of the stack, which
-    # weighs more than multiplying a few rows of padding. Below 4 rows XLA:CPU converts the
-    # whole of a bfloat16 weight to float32 in every product.
+    # weighs more than multiplying a few rows of padding.
     per_expert = -(-num_tokens * config.router.top_k // config.router.num_experts)
-    return ExpertForm("blocks", min(max(4, 1 << (per_expert - 1).bit_length()), 128))
+    block_rows = min(1 << (per_expert - 1).bit_length(), 128)
+    return ExpertForm("blocks", block_rows, CPU_TILE_BYTES if platform == "cpu" else None)
 
 
 class Experts(nnx.Module):
@@ -85,7 +89,7 @@ class Experts(nnx.Module):
                 y_TKD = _reduce(x_TD, routing.expert_ids_TK, w1, w3, w2, activation)
             else:
                 ids_TK = routing.expert_ids_TK
-                y_TKD = _blocks(x_TD, ids_TK, valid_T, w1, w3, w2, activation, form.block_rows)
+                y_TKD = _blocks(x_TD, ids_TK, valid_T, w1, w3, w2, activation, form)
             return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
 
 
@@ -115,8 +119,9 @@ def _reduce(x_TD, ids_TK, w1_EFD, w3_EFD, w2_EDF, activation) -> jax.Array:
 
 
 def _blocks(
-    x_TD, ids_TK, valid_T, w1_EFD, w3_EFD, w2_EDF, activation, block_rows: int
+    x_TD, ids_TK, valid_T, w1_EFD, w3_EFD, w2_EDF, activation, form: ExpertForm
 ) -> jax.Array:
+    block_rows = form.block_rows
     num_tokens, hidden_size = x_TD.shape
     num_experts = w1_EFD.shape[0]
     top_k = ids_TK.shape[1]
@@ -129,8 +134,9 @@ def _blocks(
         e = plan.expert_of_block[i]
         first_row = i * block_rows
         x = x_padded[lax.dynamic_slice(plan.token_of_row, (first_row,), (block_rows,))]
-        hidden = activation(linear(x, w1_EFD[e])) * linear(x, w3_EFD[e])
-        out = linear(hidden.astype(x.dtype), w2_EDF[e])
+        gate, up = (linear_of_stack(x, w, e, form.tile_bytes) for w in (w1_EFD, w3_EFD))
+        hidden = (activation(gate) * up).astype(x.dtype)
+        out = linear_of_stack(hidden, w2_EDF, e, form.tile_bytes)
         return lax.dynamic_update_slice(y, out, (first_row, 0))
 
     # The last row stays zero: tokens that are not valid read it.

@@ -8,11 +8,23 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.models.experts import ExpertForm, Experts, choose_form, combine, plan_blocks
+from jmoe.models.experts import (
+    CPU_TILE_BYTES,
+    ExpertForm,
+    Experts,
+    choose_form,
+    combine,
+    plan_blocks,
+)
 from jmoe.models.router import Routing
 from tests.models.configs import small_config
 
-FORMS = [ExpertForm("reduce"), *(ExpertForm("blocks", rows) for rows in (1, 3, 4, 16))]
+# A row of these weights has 128 or 192 bytes: tiles of 16 rows, and of one.
+FORMS = [
+    ExpertForm("reduce"),
+    *(ExpertForm("blocks", rows) for rows in (1, 3, 4, 16)),
+    *(ExpertForm("blocks", 4, tile_bytes) for tile_bytes in (2048, 100, 10**9)),
+]
 
 
 def reference(experts: Experts, x_TD: np.ndarray, routing: Routing) -> np.ndarray:
@@ -35,8 +47,10 @@ def make(num_tokens: int, top_k: int, seed: int = 0):
     ids = np.stack([generator.permutation(4)[:top_k] for _ in range(num_tokens)])
     weights = generator.uniform(size=(num_tokens, top_k))
     probs = jnp.zeros((num_tokens, 4))
-    return experts, x_TD, Routing(
-        jnp.asarray(weights, jnp.float32), jnp.asarray(ids, jnp.int32), probs
+    return (
+        experts,
+        x_TD,
+        Routing(jnp.asarray(weights, jnp.float32), jnp.asarray(ids, jnp.int32), probs),
     )
 
 
@@ -113,5 +127,5 @@ def test_block_plan_places_every_assignment_once(permutations, top_k, block_rows
 def test_few_tokens_on_an_accelerator_read_experts_in_place():
     config = small_config()
     assert choose_form(1, config, "gpu") == ExpertForm("reduce")
-    assert choose_form(1, config, "cpu") == ExpertForm("blocks", 4)
+    assert choose_form(1, config, "cpu") == ExpertForm("blocks", 1, CPU_TILE_BYTES)
     assert choose_form(4096, config, "gpu") == ExpertForm("blocks", 128)

@@ -16,9 +16,7 @@ from tests.models.configs import mixtral_json, small_config
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"), [("mixtral-8x7b", 46.70), ("mixtral-8x22b", 140.63)]
-)
+@pytest.mark.parametrize(("name", "billions"), [("mixtral-8x7b", 46.70), ("mixtral-8x22b", 140.63)])
 def test_known_models_have_their_published_size(name, billions):
     raw = json.loads((CONFIGS / f"{name}.json").read_text())
     config = families.config_from_json(raw, name)
@@ -28,9 +26,7 @@ def test_known_models_have_their_published_size(name, billions):
 
 def test_old_and_new_rope_spelling_mean_the_same():
     old = small_config(rope_theta=5e5, rope_scaling={"type": "default"})
-    new = small_config(
-        rope_theta=None, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
-    )
+    new = small_config(rope_theta=None, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     assert old == new
     assert old.rope == RopeConfig(theta=5e5)
 
