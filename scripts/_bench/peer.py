@@ -1,10 +1,12 @@
 """transformers on the same weights, driven by a bare loop.
 
 The loop does less than ``generate`` does: one forward per step, the cache handed on, the most
-probable token taken. What it is compared with does the same.
+probable token taken. What it is compared with does the same. OMP_WAIT_POLICY is PASSIVE unless
+the environment says otherwise.
 """
 
 import importlib.metadata
+import os
 import time
 from typing import Any
 
@@ -36,6 +38,9 @@ class TransformersPeer:
             raise RequestError(
                 "--peer=transformers compares on the CPU", do="set JAX_PLATFORMS=cpu"
             )
+        # Waiting threads sleep instead of spinning: while another process runs on the same cores,
+        # spinning makes torch up to a hundred times slower. Read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             import torch
             import transformers
