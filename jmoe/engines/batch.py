@@ -151,8 +151,7 @@ class BatchRun:
             self._lengths_B,
             self._seen_BV,
             *self._sampling,
-            config=model.config,
-            dtype=model.dtype,
+            **model.model_arguments(),
             kind=self._kind,
         )
         token_ids_B = self._lengths_B  # of the same shape and dtype
@@ -211,7 +210,6 @@ class BatchRun:
         self._first = np.asarray(token_ids_B)
         self._first_token_at = self._last_token_at = time.perf_counter()
         self._prefill_s = self._first_token_at - started
-        self._new_tokens = len(self._prompts)
         self._decode_tokens = 0
         self._state = DecodeState(cache, self._lengths_B, token_ids_B, seen_BV)
 

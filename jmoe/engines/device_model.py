@@ -9,6 +9,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.engines.programs import ProgramCache
 from jmoe.models.experts import choose_form
+from jmoe.quant.spec import QuantSpec
 
 
 class DeviceModel:
@@ -16,7 +17,8 @@ class DeviceModel:
 
     Attributes:
       config: the model.
-      dtype: of parameters, activations and KV cache: "float32" or "bfloat16".
+      dtype: of activations, KV cache and plain parameters: "float32" or "bfloat16".
+      quant: formats of the quantized parameters; None if all are plain.
       device: where it runs.
       parameters: flat tuple of arrays in the order of ``decoder.abstract_parameters``.
       programs: what has been compiled so far.
@@ -28,6 +30,7 @@ class DeviceModel:
         parameters: Iterable[np.ndarray | jax.Array],
         dtype: str,
         device: jax.Device,
+        quant: QuantSpec | None = None,
     ):
         """Moves the parameters to the device one by one, as the iterable yields them.
 
@@ -36,6 +39,7 @@ class DeviceModel:
         """
         self.config = config
         self.dtype = dtype
+        self.quant = quant
         self.device = device
         self.parameters = tuple(map(self.put, parameters))
         self.programs = ProgramCache(device)
@@ -51,4 +55,8 @@ class DeviceModel:
     def static_arguments(self, num_tokens: int) -> dict[str, Any]:
         """What programs for so many tokens are specialised to."""
         form = choose_form(num_tokens, self.config, self.device.platform)
-        return {"config": self.config, "dtype": self.dtype, "form": form}
+        return self.model_arguments() | {"form": form}
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What every program is specialised to."""
+        return {"config": self.config, "dtype": self.dtype, "quant": self.quant}

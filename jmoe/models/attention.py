@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.models import kv_cache, rope
 from jmoe.models.linear import einsum, linear
+from jmoe.models.weights import matrix
+from jmoe.quant.spec import QuantSpec
 
 
 def visible_keys(
@@ -46,16 +48,18 @@ def attend(
 class Attention(nnx.Module):
     """Projections, rotary embedding and attention of one layer."""
 
-    def __init__(self, config: ModelConfig, window: int | None, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.hidden_size**-0.5)
+    def __init__(
+        self, config: ModelConfig, window: int | None, dtype: str, quant: QuantSpec | None
+    ):
+        fmt = quant and quant.attention
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.window = window
-        self.q_proj = nnx.Param(init(rngs(), (query_size, config.hidden_size), dtype))
-        self.k_proj = nnx.Param(init(rngs(), (kv_size, config.hidden_size), dtype))
-        self.v_proj = nnx.Param(init(rngs(), (kv_size, config.hidden_size), dtype))
-        self.o_proj = nnx.Param(init(rngs(), (config.hidden_size, query_size), dtype))
+        self.q_proj = matrix((query_size, config.hidden_size), fmt, dtype)
+        self.k_proj = matrix((kv_size, config.hidden_size), fmt, dtype)
+        self.v_proj = matrix((kv_size, config.hidden_size), fmt, dtype)
+        self.o_proj = matrix((config.hidden_size, query_size), fmt, dtype)
 
     def __call__(
         self,

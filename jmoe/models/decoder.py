@@ -1,7 +1,7 @@
 """The decoder: one flow for every family, its parts chosen by ModelConfig.
 
-Modules define parameters and shapes and run functionally: ``abstract_decoder`` gives the
-structure without weights, programs rebuild the module from a flat tuple of arrays while they
+Modules define names and shapes and run functionally: ``abstract_decoder`` gives the structure
+without weights, programs rebuild the module from a flat tuple of arrays while they
 are traced, and compiled code sees arrays only.
 """
 
@@ -17,24 +17,24 @@ from jmoe.models import rope
 from jmoe.models.attention import Attention
 from jmoe.models.experts import ExpertForm, Experts
 from jmoe.models.kv_cache import KVCache, LayerCache
-from jmoe.models.linear import linear
+from jmoe.models.linear import embed, linear
 from jmoe.models.norms import NORMS
 from jmoe.models.router import Routing, route
+from jmoe.models.weights import matrix, parameter
+from jmoe.quant.spec import QuantSpec
 
 
 class DecoderLayer(nnx.Module):
     """Attention, router and experts, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, dtype: str, quant: QuantSpec | None):
         make_norm = NORMS[config.norm.kind]
-        init = nnx.initializers.normal(config.hidden_size**-0.5)
-        router_shape = (config.router.num_experts, config.hidden_size)
         self.router_config = config.router
-        self.input_norm = make_norm(config.norm, config.hidden_size, dtype, rngs)
-        self.attention = Attention(config, config.sliding_windows[layer], dtype, rngs)
-        self.post_norm = make_norm(config.norm, config.hidden_size, dtype, rngs)
-        self.router = nnx.Param(init(rngs(), router_shape, dtype))
-        self.experts = Experts(config, dtype, rngs)
+        self.input_norm = make_norm(config.norm, config.hidden_size, dtype)
+        self.attention = Attention(config, config.sliding_windows[layer], dtype, quant)
+        self.post_norm = make_norm(config.norm, config.hidden_size, dtype)
+        self.router = parameter((config.router.num_experts, config.hidden_size), dtype)
+        self.experts = Experts(config, dtype, quant)
 
     def attend(self, x_BLD, start_B, rotation, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Adds attention to the residual stream."""
@@ -56,20 +56,28 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A Mixture-of-Experts decoder with random weights of the given dtype."""
+    """A Mixture-of-Experts decoder.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(1.0)
-        init_head = nnx.initializers.normal(config.hidden_size**-0.5)
+    Made without weights: see ``rebuild``.
+
+    Args:
+      config: the model.
+      dtype: of activations and of parameters that are not quantized.
+      quant: formats of the others; experts are blobs then (quant.layout). None: all
+        parameters are plain arrays of dtype.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, quant: QuantSpec | None = None):
         vocabulary_shape = (config.vocab_size, config.hidden_size)
         self.config = config
-        self.embed_tokens = nnx.Param(init(rngs(), vocabulary_shape, dtype))
+        self.dtype = dtype
+        self.embed_tokens = matrix(vocabulary_shape, quant and quant.embeddings, dtype)
         self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)]
+            [DecoderLayer(config, i, dtype, quant) for i in range(config.num_hidden_layers)]
         )
-        self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype, rngs)
+        self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(init_head(rngs(), vocabulary_shape, dtype))
+            self.lm_head = matrix(vocabulary_shape, quant and quant.head, dtype)
 
     def __call__(
         self,
@@ -94,7 +102,7 @@ class Decoder(nnx.Module):
         """
         positions_BL = start_B[:, None] + jnp.arange(token_ids_BL.shape[1])
         rotation = rope.rotation(positions_BL, self.config.rope, self.config.head_dim)
-        x_BLD = self.embed_tokens[...][token_ids_BL]
+        x_BLD = embed(token_ids_BL, self.embed_tokens[...]).astype(self.dtype)
         layer_caches, routings = [], []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer_{i}"):
@@ -114,37 +122,35 @@ class Decoder(nnx.Module):
 
 @functools.lru_cache(maxsize=8)
 def abstract_decoder(
-    config: ModelConfig, dtype: str = "bfloat16"
+    config: ModelConfig, dtype: str = "bfloat16", quant: QuantSpec | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and shapes of a decoder, without allocating anything."""
-    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype), nnx.Rngs(0)))
-    return nnx.split(model)
+    return nnx.split(Decoder(config, dtype, quant))
 
 
 def abstract_parameters(
-    config: ModelConfig, dtype: str = "bfloat16"
+    config: ModelConfig, dtype: str = "bfloat16", quant: QuantSpec | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter's shape by dotted path, in the order of ``rebuild``'s arrays."""
-    _, state = abstract_decoder(config, dtype)
+    _, state = abstract_decoder(config, dtype, quant)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     # The last key of a path is the value inside nnx.Param.
     return {".".join(str(key.key) for key in path[:-1]): leaf for path, leaf in leaves}
 
 
-def rebuild(config: ModelConfig, dtype: str, parameters: tuple[jax.Array, ...]) -> Decoder:
+def rebuild(
+    config: ModelConfig,
+    dtype: str,
+    parameters: tuple[jax.Array, ...],
+    quant: QuantSpec | None = None,
+) -> Decoder:
     """A decoder that holds the given arrays, for use while a program is traced.
 
     Args:
       config: the model.
-      dtype: of the parameters.
+      dtype: of activations and plain parameters.
       parameters: arrays in the order of ``abstract_parameters``.
+      quant: formats of the quantized parameters.
     """
-    graphdef, state = abstract_decoder(config, dtype)
+    graphdef, state = abstract_decoder(config, dtype, quant)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), parameters))
-
-
-def random_parameters(config: ModelConfig, dtype: str, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Random weights, scaled so that activations stay of order one; for tests and benchmarks."""
-    # Not in one program: layers repeat their shapes, and a program per shape compiles faster.
-    _, state = nnx.split(Decoder(config, jnp.dtype(dtype), nnx.Rngs(seed)))
-    return tuple(jax.tree.leaves(state))

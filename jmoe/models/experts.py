@@ -23,11 +23,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.models.linear import linear_of_stack
+from jmoe.models.linear import CPU_TILE_BYTES, ArrayStack, BlobStack, Stack, linear_of_stack
 from jmoe.models.router import Routing
-
-# Of an expert's weight at a time: in the second or third cache of any recent processor.
-CPU_TILE_BYTES = 4 * 2**20
+from jmoe.models.weights import parameter
+from jmoe.quant.layout import MATRICES, ExpertLayout
+from jmoe.quant.matmul import reduce_product
+from jmoe.quant.quant_array import QuantArray
+from jmoe.quant.spec import QuantSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
 
@@ -51,17 +53,32 @@ def choose_form(num_tokens: int, config: ModelConfig, platform: str) -> ExpertFo
 
 
 class Experts(nnx.Module):
-    """The stacked weights of a layer's experts: SwiGLU with gate w1, up w3 and down w2."""
+    """A layer's experts: SwiGLU with gate w1, up w3 and down w2.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Plain, they are three stacked arrays; in the formats of a QuantSpec, one array of blobs.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, quant: QuantSpec | None):
         num_experts = config.router.num_experts
         hidden, width = config.hidden_size, config.intermediate_size
-        init_in = nnx.initializers.normal(hidden**-0.5)
-        init_out = nnx.initializers.normal(width**-0.5)
         self.activation = config.hidden_act
-        self.w1 = nnx.Param(init_in(rngs(), (num_experts, width, hidden), dtype))
-        self.w3 = nnx.Param(init_in(rngs(), (num_experts, width, hidden), dtype))
-        self.w2 = nnx.Param(init_out(rngs(), (num_experts, hidden, width), dtype))
+        self.layout = None
+        if quant is not None:
+            self.layout = ExpertLayout.of(hidden, width, quant)
+            self.blobs = parameter((num_experts, self.layout.num_items), self.layout.dtype)
+        else:
+            self.w1 = parameter((num_experts, width, hidden), dtype)
+            self.w3 = parameter((num_experts, width, hidden), dtype)
+            self.w2 = parameter((num_experts, hidden, width), dtype)
+
+    def stacks(self) -> tuple[Stack, Stack, Stack]:
+        """Where w1, w3 and w2 of an expert are read from."""
+        if self.layout is None:
+            w1, w3, w2 = (ArrayStack(w[...]) for w in (self.w1, self.w3, self.w2))
+        else:
+            blobs, layout = self.blobs[...], self.layout
+            w1, w3, w2 = (BlobStack(blobs, layout, matrix) for matrix in MATRICES)
+        return w1, w3, w2
 
     def __call__(
         self,
@@ -83,13 +100,14 @@ class Experts(nnx.Module):
           dtype of x.
         """
         with jax.named_scope("experts"):
-            w1, w3, w2 = self.w1[...], self.w3[...], self.w2[...]
+            stacks, ids_TK = self.stacks(), routing.expert_ids_TK
             activation = ACTIVATIONS[self.activation]
             if form.kind == "reduce":
-                y_TKD = _reduce(x_TD, routing.expert_ids_TK, w1, w3, w2, activation)
+                y_TKD = _reduce(x_TD, ids_TK, stacks, activation)
             else:
-                ids_TK = routing.expert_ids_TK
-                y_TKD = _blocks(x_TD, ids_TK, valid_T, w1, w3, w2, activation, form)
+                num_experts = routing.probs_TE.shape[1]
+                plan = plan_blocks(ids_TK, valid_T, num_experts, form.block_rows)
+                y_TKD = _blocks(x_TD, plan, stacks, activation, form).reshape(*ids_TK.shape, -1)
             return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
 
 
@@ -101,13 +119,22 @@ def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Fl
     return total_TD
 
 
-def _reduce(x_TD, ids_TK, w1_EFD, w3_EFD, w2_EDF, activation) -> jax.Array:
-    def times(w: jax.Array, x: jax.Array) -> jax.Array:
+def _reduce(
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    stacks: tuple[Stack, Stack, Stack],
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    def times(stack: Stack, e: jax.Array, x: jax.Array) -> jax.Array:
+        w = stack.rows(e, 0, stack.num_outputs)
+        if isinstance(w, QuantArray):
+            return reduce_product(x[None], w)[0]
         return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
 
     def expert(x_D: jax.Array, e: jax.Array) -> jax.Array:
-        hidden_F = activation(times(w1_EFD[e], x_D)) * times(w3_EFD[e], x_D)
-        return times(w2_EDF[e], hidden_F.astype(x_D.dtype))
+        w1, w3, w2 = stacks
+        hidden_F = activation(times(w1, e, x_D)) * times(w3, e, x_D)
+        return times(w2, e, hidden_F.astype(x_D.dtype))
 
     num_tokens, top_k = ids_TK.shape
     return jnp.stack(
@@ -119,14 +146,15 @@ def _reduce(x_TD, ids_TK, w1_EFD, w3_EFD, w2_EDF, activation) -> jax.Array:
 
 
 def _blocks(
-    x_TD, ids_TK, valid_T, w1_EFD, w3_EFD, w2_EDF, activation, form: ExpertForm
+    x_TD: jax.Array,
+    plan: "BlockPlan",
+    stacks: tuple[Stack, Stack, Stack],
+    activation: Callable[[jax.Array], jax.Array],
+    form: ExpertForm,
 ) -> jax.Array:
+    """Outputs by assignment, [A, D]."""
     block_rows = form.block_rows
-    num_tokens, hidden_size = x_TD.shape
-    num_experts = w1_EFD.shape[0]
-    top_k = ids_TK.shape[1]
-    plan = plan_blocks(ids_TK, valid_T, num_experts, block_rows)
-
+    hidden_size = x_TD.shape[1]
     # A row of zeros past the end stands for padding within a block.
     x_padded = jnp.concatenate([x_TD, jnp.zeros((1, hidden_size), x_TD.dtype)])
 
@@ -134,15 +162,16 @@ def _blocks(
         e = plan.expert_of_block[i]
         first_row = i * block_rows
         x = x_padded[lax.dynamic_slice(plan.token_of_row, (first_row,), (block_rows,))]
-        gate, up = (linear_of_stack(x, w, e, form.tile_bytes) for w in (w1_EFD, w3_EFD))
+        w1, w3, w2 = stacks
+        gate, up = (linear_of_stack(x, w, e, form.tile_bytes) for w in (w1, w3))
         hidden = (activation(gate) * up).astype(x.dtype)
-        out = linear_of_stack(hidden, w2_EDF, e, form.tile_bytes)
+        out = linear_of_stack(hidden, w2, e, form.tile_bytes)
         return lax.dynamic_update_slice(y, out, (first_row, 0))
 
     # The last row stays zero: tokens that are not valid read it.
     y = jnp.zeros((plan.token_of_row.shape[0] + 1, hidden_size), jnp.float32)
     y = lax.fori_loop(0, plan.num_blocks, one_block, y)
-    return y[plan.row_of_assignment].reshape(num_tokens, top_k, hidden_size)
+    return y[plan.row_of_assignment]
 
 
 @jax.tree_util.register_dataclass

@@ -1,17 +1,30 @@
-"""The matrix products of the decoder: accumulated in float32, exact for float32 inputs."""
+"""The matrix products of the decoder: accumulated in float32, exact for float32 inputs.
 
+A weight is an array, or a QuantArray, or lies among others in a stack; callers need not know.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jmoe.quant.layout import ExpertLayout, MatrixName, read_rows
+from jmoe.quant.matmul import dot, linear_quant, precision
+from jmoe.quant.quant_array import QuantArray, dequantize
+
 # XLA:CPU converts the whole of a bfloat16 weight to float32 for every product with fewer rows.
 MIN_ROWS_BFLOAT16_CPU = 4
+# Of a weight at a time: in the second or third cache of any recent processor.
+CPU_TILE_BYTES = 4 * 2**20
+
+Weight = jax.Array | QuantArray
 
 
-def linear(x: Float[Array, "*rows I"], w_OI: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+def linear(x: Float[Array, "*rows I"], w_OI: Weight) -> Float[Array, "*rows O"]:
     """Multiplies rows of x by a weight stored [out, in], as checkpoints store it.
 
     Contracting the last dimension of both is what XLA:GPU turns into one kernel for a
@@ -19,76 +32,131 @@ def linear(x: Float[Array, "*rows I"], w_OI: Float[Array, "O I"]) -> Float[Array
 
     Args:
       x: activations.
-      w_OI: weight, in the dtype of x.
+      w_OI: weight, in the dtype of x or quantized.
 
     Returns:
       x @ w.T, accumulated and returned in float32 for every input dtype: callers round once,
       where they mean to, and XLA:CPU has a fast path for bfloat16 only with a float32 result.
     """
+    if isinstance(w_OI, QuantArray):
+        rows = x.reshape(-1, x.shape[-1])
+        y = lax.platform_dependent(rows, w_OI, cpu=_tiled_quant, default=linear_quant)
+        return y.reshape(*x.shape[:-1], -1)
     num_rows = math.prod(x.shape[:-1])
     if x.dtype == jnp.bfloat16 and num_rows < MIN_ROWS_BFLOAT16_CPU:
-        return lax.platform_dependent(x, w_OI, cpu=_padded_product, default=_product)
-    return _product(x, w_OI)
+        return lax.platform_dependent(x, w_OI, cpu=_padded_dot, default=dot)
+    return dot(x, w_OI)
+
+
+def embed(token_ids: Int[Array, "*rows"], w_VD: Weight) -> Float[Array, "*rows D"]:
+    """Rows of the embedding table."""
+    if isinstance(w_VD, QuantArray):
+        return dequantize(w_VD[token_ids])
+    return w_VD[token_ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayStack:
+    """Weights [N, out, in] in one array, of which a program reads one at a traced index."""
+
+    w_NOI: jax.Array
+
+    @property
+    def num_outputs(self) -> int:
+        return self.w_NOI.shape[1]
+
+    def rows(self, index: jax.Array, first_row: jax.Array | int, num_rows: int) -> jax.Array:
+        """Some outputs of one weight."""
+        size = (1, num_rows, self.w_NOI.shape[2])
+        return lax.dynamic_slice(self.w_NOI, (index, first_row, 0), size)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlobStack:
+    """The same for one matrix of every expert, inside blobs [E, items]."""
+
+    blobs: jax.Array
+    layout: ExpertLayout
+    matrix: MatrixName
+
+    @property
+    def num_outputs(self) -> int:
+        return self.layout.matrix_shape(self.matrix)[0]
+
+    def rows(self, index: jax.Array, first_row: jax.Array | int, num_rows: int) -> Weight:
+        return read_rows(self.blobs, self.layout, self.matrix, index, first_row, num_rows)
+
+
+Stack = ArrayStack | BlobStack
 
 
 def linear_of_stack(
-    x: Float[Array, "rows I"],
-    w_NOI: Float[Array, "N O I"],
-    index: Int[Array, ""],
-    tile_bytes: int | None,
+    x: Float[Array, "rows I"], stack: Stack, index: Int[Array, ""], tile_bytes: int | None
 ) -> Float[Array, "rows O"]:
-    """Multiplies by one weight of a stack, like ``linear`` by ``w_NOI[index]``.
+    """Multiplies by one weight of a stack, like ``linear``.
 
-    XLA copies a matrix out of a stack before it multiplies. In tiles that stay in the
-    processor's cache the copy costs little; whole, it is written to memory and read again.
+    XLA copies a matrix out of a stack before it multiplies, and writes a quantized one out
+    dequantized. In tiles that stay in the processor's cache that costs little; whole, it is
+    written to memory and read again.
 
     Args:
       x: activations.
-      w_NOI: stacked weights, in the dtype of x.
+      stack: the weights.
       index: which weight.
-      tile_bytes: size of a tile; None copies the matrix whole.
+      tile_bytes: size of a tile in the dtype of x; None takes the matrix whole.
     """
-    num_weights, num_outputs, num_inputs = w_NOI.shape
-    row_bytes = num_inputs * w_NOI.dtype.itemsize
-    if tile_bytes is None or num_outputs * row_bytes <= tile_bytes:
-        return _product(x, w_NOI[index])
-    # The largest power of two that divides the outputs and fits.
-    tile_rows = min(
-        num_outputs & -num_outputs, 1 << (max(1, tile_bytes // row_bytes).bit_length() - 1)
+    if tile_bytes is None:
+        return _product(x, stack.rows(index, 0, stack.num_outputs))
+    return _tiled(
+        lambda first, size: _product(x, stack.rows(index, first, size), reduce=False),
+        x,
+        stack.num_outputs,
+        tile_bytes,
     )
-    num_tiles = num_outputs // tile_rows
-    tiles = w_NOI.reshape(num_weights * num_tiles, tile_rows, num_inputs)
-
-    def one_tile(i: jax.Array, y: jax.Array) -> jax.Array:
-        out = _product(x, tiles[index * num_tiles + i])
-        return lax.dynamic_update_slice(y, out, (0, i * tile_rows))
-
-    y = jnp.zeros((x.shape[0], num_outputs), jnp.float32)
-    return lax.fori_loop(0, num_tiles, one_tile, y)
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum of two operands with the same accumulation and precision as ``linear``."""
-    return jnp.einsum(spec, a, b, precision=_precision(a), preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 
-def _precision(x: jax.Array) -> lax.Precision:
-    # By default float32 is multiplied in TF32 on a GPU and in bfloat16 on a TPU.
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+def _product(x: jax.Array, w_OI: Weight, *, reduce: bool = True) -> jax.Array:
+    if not isinstance(w_OI, QuantArray):
+        return dot(x, w_OI.astype(x.dtype))
+    return linear_quant(x, w_OI) if reduce else dot(x, dequantize(w_OI).astype(x.dtype))
 
 
-def _product(x: jax.Array, w_OI: jax.Array) -> jax.Array:
-    return lax.dot_general(
-        x,
-        w_OI,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=_precision(x),
-        preferred_element_type=jnp.float32,
-    )
+def _tiled(
+    product: Callable[[jax.Array | int, int], jax.Array],
+    x: jax.Array,
+    num_outputs: int,
+    tile_bytes: int,
+) -> jax.Array:
+    """Collects product(first output, number of outputs) over tiles of a weight."""
+    max_rows = max(1, tile_bytes // (x.shape[-1] * x.dtype.itemsize))
+    if num_outputs <= max_rows:
+        return product(0, num_outputs)
+    # The largest power of two that divides the outputs and fits.
+    tile_rows = min(num_outputs & -num_outputs, 1 << (max_rows.bit_length() - 1))
+
+    def one_tile(i: jax.Array, y: jax.Array) -> jax.Array:
+        out = product(i * tile_rows, tile_rows)
+        return lax.dynamic_update_slice(y, out, (0, i * tile_rows))
+
+    y = jnp.zeros((x.shape[0], num_outputs), jnp.float32)
+    return lax.fori_loop(0, num_outputs // tile_rows, one_tile, y)
 
 
-def _padded_product(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+def _tiled_quant(x: jax.Array, w_OI: QuantArray) -> jax.Array:
+    def product(first: jax.Array | int, size: int) -> jax.Array:
+        tile = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, first, size), w_OI)
+        return _product(x, tile, reduce=False)
+
+    return _tiled(product, x, w_OI.shape[0], CPU_TILE_BYTES)
+
+
+def _padded_dot(x: jax.Array, w_OI: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     padding = ((0, MIN_ROWS_BFLOAT16_CPU - rows.shape[0]), (0, 0))
-    product = _product(jnp.pad(rows, padding), w_OI)[: rows.shape[0]]
+    product = dot(jnp.pad(rows, padding), w_OI)[: rows.shape[0]]
     return product.reshape(*x.shape[:-1], -1)

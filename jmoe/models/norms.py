@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.config import NormConfig
+from jmoe.models.weights import parameter
 
 
 def rms_norm(
@@ -22,9 +23,9 @@ def rms_norm(
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: NormConfig, size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: NormConfig, size: int, dtype: str):
         self.eps = config.eps
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.scale = parameter((size,), dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.eps)

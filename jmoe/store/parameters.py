@@ -7,10 +7,8 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.models import families
+from jmoe.quant.layout import aligned_empty
 from jmoe.store.checkpoint import Checkpoint
-
-# XLA:CPU uses a host array in place only if it starts at a multiple of this.
-_ALIGNMENT = 64
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -49,16 +47,9 @@ def read_parameters(
       CheckpointError: a file changed or became unreadable since it was opened.
     """
     for source in families.parameter_sources(config).values():
-        array = _aligned_empty(source.shape, jnp.dtype(dtype))
+        array = aligned_empty(source.shape, jnp.dtype(dtype))
         pieces = list(array) if source.stacked else [array]
         for piece, name in zip(pieces, source.tensors, strict=True):
             checkpoint.read_into(name, piece)
             on_bytes(piece.nbytes)
         yield array
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + num_bytes].view(dtype).reshape(shape)

@@ -17,6 +17,7 @@ from jmoe.config import ModelConfig
 from jmoe.engines.resident import ResidentEngine
 from jmoe.models import kv_cache
 from jmoe.models.decoder import abstract_parameters, rebuild
+from jmoe.quant.spec import QuantSpec
 
 
 def decode_work(engine: ResidentEngine, tokens_BL: np.ndarray, first: int) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def decode_work(engine: ResidentEngine, tokens_BL: np.ndarray, first: int) -> di
     if len(tokens_BL) > 1:
         # The last token was chosen, and not taken through the model.
         experts, counted = experts_per_layer(engine, tokens_BL[:, :-1], first), "measured"
-    num_bytes = weight_bytes_per_step(engine.config, engine.dtype, experts)
+    num_bytes = weight_bytes_per_step(engine.config, engine.dtype, experts, engine.quant)
     return {
         "bound_by": "read",
         "work_per_token": num_bytes / len(tokens_BL),
@@ -61,19 +62,22 @@ def compare_with_bound(
     }
 
 
-def weight_bytes_per_step(config: ModelConfig, dtype: str, experts_per_layer: float) -> float:
+def weight_bytes_per_step(
+    config: ModelConfig, dtype: str, experts_per_layer: float, quant: QuantSpec | None = None
+) -> float:
     """Bytes of weights that a decode step must read, each expert in use once.
 
     Args:
       config: the model.
-      dtype: of the weights.
+      dtype: of the weights that are not quantized.
       experts_per_layer: distinct experts that the tokens of a step use, on average.
+      quant: formats of the others.
     """
     share = experts_per_layer / config.router.num_experts
-    return jnp.dtype(dtype).itemsize * sum(
-        parameter.size * (share if ".experts." in path else 1)
-        for path, parameter in abstract_parameters(config, dtype).items()
-        if path != "embed_tokens" or config.tie_word_embeddings
+    return sum(
+        parameter.size * parameter.dtype.itemsize * (share if ".experts." in path else 1)
+        for path, parameter in abstract_parameters(config, dtype, quant).items()
+        if path.split(".")[0] != "embed_tokens" or config.tie_word_embeddings
     )
 
 
@@ -117,10 +121,10 @@ def experts_per_layer(engine: ResidentEngine, tokens_BL: np.ndarray, first: int)
     return float(np.mean([len(np.unique(ids)) for ids in steps]))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "form"))
-def _route_all(parameters, cache, tokens_BL, *, config, dtype, form) -> Any:
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "form"))
+def _route_all(parameters, cache, tokens_BL, *, config, dtype, quant, form) -> Any:
     """Expert ids of every layer (N), sequence and position."""
-    model = rebuild(config, dtype, parameters)
+    model = rebuild(config, dtype, parameters, quant)
     start_B = jnp.zeros(tokens_BL.shape[0], jnp.int32)
     valid_BL = jnp.ones(tokens_BL.shape, bool)
     _, _, routings = model(tokens_BL, start_B, valid_BL, cache, form)

@@ -9,12 +9,11 @@ import jax
 
 import jmoe
 from jmoe.api import parameter_bytes
-from jmoe.config import ModelConfig
 from jmoe.engines.memory import check_fits
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import ConfigError, RequestError
 from jmoe.models import families
-from jmoe.models.decoder import random_parameters
+from jmoe.models.random_weights import random_parameters
 from jmoe.store.json_files import read_config_json, read_json_object
 
 
@@ -89,20 +88,10 @@ def load_subject(settings: Settings) -> Subject:
         name += f" with {settings.layers} layers"
     config = families.config_from_json(raw, path)
     check_fits(
-        _weight_bytes(config, dtype),
+        parameter_bytes(config, dtype),
         device,
         what=f"{config.num_hidden_layers} layers of {path.name} in {dtype}",
         do="lower --layers, or use --dtype=bfloat16",
     )
     parameters = random_parameters(config, dtype)
     return Subject(name, ResidentEngine(config, parameters, dtype, device), raw)
-
-
-def _weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Size of all weights, without describing every layer: a thousand would take minutes."""
-    one, two = (
-        dataclasses.replace(config, num_hidden_layers=n, sliding_windows=(None,) * n)
-        for n in (1, 2)
-    )
-    layer = parameter_bytes(two, dtype) - parameter_bytes(one, dtype)
-    return parameter_bytes(one, dtype) + (config.num_hidden_layers - 1) * layer

@@ -8,14 +8,14 @@ from jmoe.engines import batch, memory
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import CapacityError, RequestError
 from jmoe.generation.options import GenerationOptions
-from jmoe.models import decoder
+from jmoe.models import random_weights
 from tests.models.configs import small_config
 
 
 @pytest.fixture(scope="module")
 def engine() -> ResidentEngine:
     config = small_config(max_position_embeddings=40)
-    parameters = decoder.random_parameters(config, "float32", seed=3)
+    parameters = random_weights.random_parameters(config, "float32", seed=3)
     return ResidentEngine(config, parameters, "float32", jax.local_devices()[0])
 
 

@@ -59,11 +59,11 @@ def batch_logits(
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "form"))
-def _batch_logits(parameters, cache, token_ids_BL, lengths_B, *, config, dtype, form):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "form"))
+def _batch_logits(parameters, cache, token_ids_BL, lengths_B, *, config, dtype, quant, form):
     batch_size, length = token_ids_BL.shape
     valid_BL = jnp.arange(length) < lengths_B[:, None]
-    model = rebuild(config, dtype, parameters)
+    model = rebuild(config, dtype, parameters, quant)
     start_B = jnp.zeros(batch_size, jnp.int32)
     hidden_BLD, _, routings = model(token_ids_BL, start_B, valid_BL, cache, form)
     margins_NT = jnp.stack([router_margin(r.probs_TE, config.router.top_k) for r in routings])

@@ -9,6 +9,7 @@ import pytest
 
 from jmoe.models import decoder, kv_cache
 from jmoe.models.experts import ExpertForm
+from jmoe.models.random_weights import random_parameters
 from tests.models.configs import small_config
 
 
@@ -39,7 +40,7 @@ def run(config, parameters, token_ids, sizes, form=BLOCKS):
 @pytest.mark.parametrize("window", [None, 5])
 def test_pieces_of_any_size_give_the_same_logits(window):
     config = small_config(sliding_window=window)
-    parameters = decoder.random_parameters(config, "float32")
+    parameters = random_parameters(config, "float32")
     token_ids = np.random.default_rng(0).integers(0, 64, 24)
     whole = run(config, parameters, token_ids, [24])
     for sizes in ([12, 12], [8, 15, 1], [1] * 24):
@@ -49,7 +50,7 @@ def test_pieces_of_any_size_give_the_same_logits(window):
 
 def test_a_window_hides_what_lies_before_it():
     config = small_config(sliding_window=4, num_hidden_layers=1)
-    parameters = decoder.random_parameters(config, "float32")
+    parameters = random_parameters(config, "float32")
     token_ids = np.random.default_rng(0).integers(0, 64, 12)
     other = token_ids.copy()
     other[0] = (other[0] + 1) % 64
@@ -60,7 +61,7 @@ def test_a_window_hides_what_lies_before_it():
 
 def test_forms_of_the_experts_agree_through_the_whole_model():
     config = small_config()
-    parameters = decoder.random_parameters(config, "float32")
+    parameters = random_parameters(config, "float32")
     token_ids = np.random.default_rng(0).integers(0, 64, 3)
     blocks = run(config, parameters, token_ids, [3])
     reduce = run(config, parameters, token_ids, [1, 1, 1], ExpertForm("reduce"))
@@ -69,7 +70,7 @@ def test_forms_of_the_experts_agree_through_the_whole_model():
 
 def test_parameters_come_in_the_order_of_their_names():
     config = small_config(num_hidden_layers=12)
-    parameters = decoder.random_parameters(config, "bfloat16")
+    parameters = random_parameters(config, "bfloat16")
     expected = decoder.abstract_parameters(config, "bfloat16")
     assert [p.shape for p in parameters] == [p.shape for p in expected.values()]
     model = decoder.rebuild(config, "bfloat16", parameters)

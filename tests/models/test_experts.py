@@ -8,14 +8,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.models.experts import (
-    CPU_TILE_BYTES,
-    ExpertForm,
-    Experts,
-    choose_form,
-    combine,
-    plan_blocks,
-)
+from jmoe.models.experts import ExpertForm, Experts, choose_form, combine, plan_blocks
+from jmoe.models.linear import CPU_TILE_BYTES
 from jmoe.models.router import Routing
 from tests.models.configs import small_config
 
@@ -41,8 +35,11 @@ def reference(experts: Experts, x_TD: np.ndarray, routing: Routing) -> np.ndarra
 
 def make(num_tokens: int, top_k: int, seed: int = 0):
     config = small_config(num_experts_per_tok=top_k)
-    experts = Experts(config, jnp.float32, nnx.Rngs(seed))
+    experts = Experts(config, "float32", None)
     generator = np.random.default_rng(seed)
+    for name, shape in {"w1": (4, 48, 32), "w3": (4, 48, 32), "w2": (4, 32, 48)}.items():
+        values = generator.normal(size=shape) * shape[-1] ** -0.5
+        setattr(experts, name, nnx.Param(jnp.asarray(values, jnp.float32)))
     x_TD = jnp.asarray(generator.normal(size=(num_tokens, 32)), jnp.float32)
     ids = np.stack([generator.permutation(4)[:top_k] for _ in range(num_tokens)])
     weights = generator.uniform(size=(num_tokens, top_k))

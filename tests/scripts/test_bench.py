@@ -15,7 +15,8 @@ import pytest
 import jmoe
 from jmoe.engines.resident import ResidentEngine
 from jmoe.models import families
-from jmoe.models.decoder import abstract_parameters, random_parameters
+from jmoe.models.decoder import abstract_parameters
+from jmoe.models.random_weights import random_parameters
 
 _ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / "scripts"))

@@ -1,0 +1,1 @@
+"""Numbers in few bits: formats, packing, solvers, and products that dequantize as they go."""
