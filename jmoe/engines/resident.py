@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmoe.engines import programs
-from jmoe.engines.batch import BatchRun, longest_chunk, pad_prompts, prompt_chunks
+from jmoe.engines.batch import BatchRun, pad_prompts
 from jmoe.engines.device_model import DeviceModel
 from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
+from jmoe.planning.chunks import longest_chunk, prompt_chunks
 
 
 class ResidentEngine(DeviceModel):

@@ -114,20 +114,5 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(engine, monkeypatc
     assert engine.programs.num_compiled == compiled
 
 
-def test_chunks_cover_a_prompt_with_little_padding():
-    assert batch.prompt_chunks(1) == [16]
-    assert batch.prompt_chunks(300) == [512]
-    assert batch.prompt_chunks(512) == [512]
-    assert batch.prompt_chunks(513) == [512, 16]
-    assert batch.prompt_chunks(1300) == [512, 512, 512]
-    assert batch.prompt_chunks(300, 128) == [128, 128, 64]
+def test_prompts_are_padded_at_the_end():
     np.testing.assert_array_equal(batch.pad_prompts([[1, 2], [3]], 3), [[1, 2, 0], [3, 0, 0]])
-
-
-def test_chunks_shrink_where_attention_scores_would_take_too_much():
-    mixtral = small_config(num_attention_heads=32, hidden_size=128)
-    assert batch.longest_chunk(mixtral, 1, 1024) == 512
-    assert batch.longest_chunk(mixtral, 1, 32768) == 128
-    assert batch.longest_chunk(mixtral, 64, 4096) == batch.MIN_CHUNK
-    # 128 * 32768 * 32 heads * 4 bytes
-    assert batch.MAX_SCORE_BYTES == 128 * 32768 * 32 * 4

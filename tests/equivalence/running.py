@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.engines.batch import pad_prompts, prompt_chunks
+from jmoe.engines.batch import pad_prompts
 from jmoe.engines.resident import ResidentEngine
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import families, kv_cache
 from jmoe.models.decoder import rebuild
+from jmoe.planning.chunks import prompt_chunks
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.json_files import read_config_json
 from jmoe.store.parameters import check_tensors, read_parameters
