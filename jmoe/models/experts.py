@@ -23,12 +23,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.models.linear import CPU_TILE_BYTES, ArrayStack, BlobStack, Stack, linear_of_stack
+from jmoe.models.linear import (
+    ACCELERATOR_TILE_BYTES,
+    CPU_TILE_BYTES,
+    ArrayStack,
+    BlobStack,
+    Stack,
+    linear_of_stack,
+)
 from jmoe.models.router import Routing
 from jmoe.models.weights import parameter
 from jmoe.quant.layout import MATRICES, ExpertLayout
-from jmoe.quant.matmul import reduce_product
-from jmoe.quant.quant_array import QuantArray
+from jmoe.quant.matmul import MAX_REDUCE_ROWS
 from jmoe.quant.spec import QuantSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
@@ -39,17 +45,21 @@ class ExpertForm:
     kind: Literal["reduce", "blocks"]
     block_rows: int = 1  # tokens per block
     tile_bytes: int | None = None  # of a weight to multiply by at a time; None is all of it
+    reduce: bool = False  # in blocks too, multiply and sum
 
 
 def choose_form(num_tokens: int, config: ModelConfig, platform: str) -> ExpertForm:
     """Picks the form for so many tokens on a platform ("cpu", "gpu", "tpu")."""
-    if num_tokens <= 4 and platform != "cpu":
+    if num_tokens <= MAX_REDUCE_ROWS and platform != "cpu":
         return ExpertForm("reduce")
-    # About one block per expert: every block copies its expert out of the stack, which
-    # weighs more than multiplying a few rows of padding.
+    # About one block per expert: every block copies or dequantizes its expert, which weighs
+    # more than multiplying a few rows of padding.
     per_expert = -(-num_tokens * config.router.top_k // config.router.num_experts)
     block_rows = min(1 << (per_expert - 1).bit_length(), 128)
-    return ExpertForm("blocks", block_rows, CPU_TILE_BYTES if platform == "cpu" else None)
+    if platform == "cpu":
+        return ExpertForm("blocks", block_rows, CPU_TILE_BYTES)
+    reduce = block_rows <= MAX_REDUCE_ROWS
+    return ExpertForm("blocks", block_rows, None if reduce else ACCELERATOR_TILE_BYTES, reduce)
 
 
 class Experts(nnx.Module):
@@ -125,16 +135,8 @@ def _reduce(
     stacks: tuple[Stack, Stack, Stack],
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    def times(stack: Stack, e: jax.Array, x: jax.Array) -> jax.Array:
-        w = stack.rows(e, 0, stack.num_outputs)
-        if isinstance(w, QuantArray):
-            return reduce_product(x[None], w)[0]
-        return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
-
     def expert(x_D: jax.Array, e: jax.Array) -> jax.Array:
-        w1, w3, w2 = stacks
-        hidden_F = activation(times(w1, e, x_D)) * times(w3, e, x_D)
-        return times(w2, e, hidden_F.astype(x_D.dtype))
+        return _feed_forward(x_D[None], e, stacks, activation, reduce=True)[0]
 
     num_tokens, top_k = ids_TK.shape
     return jnp.stack(
@@ -143,6 +145,21 @@ def _reduce(
             for t in range(num_tokens)
         ]
     )
+
+
+def _feed_forward(
+    x: jax.Array,
+    e: jax.Array,
+    stacks: tuple[Stack, Stack, Stack],
+    activation: Callable[[jax.Array], jax.Array],
+    tile_bytes: int | None = None,
+    reduce: bool = False,
+) -> jax.Array:
+    """Rows of x through expert e, float32."""
+    w1, w3, w2 = stacks
+    gate, up = (linear_of_stack(x, w, e, tile_bytes, reduce) for w in (w1, w3))
+    hidden = (activation(gate) * up).astype(x.dtype)
+    return linear_of_stack(hidden, w2, e, tile_bytes, reduce)
 
 
 def _blocks(
@@ -162,10 +179,7 @@ def _blocks(
         e = plan.expert_of_block[i]
         first_row = i * block_rows
         x = x_padded[lax.dynamic_slice(plan.token_of_row, (first_row,), (block_rows,))]
-        w1, w3, w2 = stacks
-        gate, up = (linear_of_stack(x, w, e, form.tile_bytes) for w in (w1, w3))
-        hidden = (activation(gate) * up).astype(x.dtype)
-        out = linear_of_stack(hidden, w2, e, form.tile_bytes)
+        out = _feed_forward(x, e, stacks, activation, form.tile_bytes, form.reduce)
         return lax.dynamic_update_slice(y, out, (first_row, 0))
 
     # The last row stays zero: tokens that are not valid read it.

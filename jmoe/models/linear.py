@@ -13,13 +13,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jmoe.quant.layout import ExpertLayout, MatrixName, read_rows
-from jmoe.quant.matmul import dot, linear_quant, precision
+from jmoe.quant.matmul import (
+    MAX_REDUCE_ROWS,
+    dequantized_product,
+    dot,
+    precision,
+    reduce_product,
+)
 from jmoe.quant.quant_array import QuantArray, dequantize
 
 # XLA:CPU converts the whole of a bfloat16 weight to float32 for every product with fewer rows.
 MIN_ROWS_BFLOAT16_CPU = 4
-# Of a weight at a time: in the second or third cache of any recent processor.
+# Of a weight at a time: in the second or third cache of any recent processor, and in the second
+# of a large GPU.
 CPU_TILE_BYTES = 4 * 2**20
+ACCELERATOR_TILE_BYTES = 32 * 2**20
 
 Weight = jax.Array | QuantArray
 
@@ -40,7 +48,7 @@ def linear(x: Float[Array, "*rows I"], w_OI: Weight) -> Float[Array, "*rows O"]:
     """
     if isinstance(w_OI, QuantArray):
         rows = x.reshape(-1, x.shape[-1])
-        y = lax.platform_dependent(rows, w_OI, cpu=_tiled_quant, default=linear_quant)
+        y = lax.platform_dependent(rows, w_OI, cpu=_linear_cpu, default=_linear_accelerator)
         return y.reshape(*x.shape[:-1], -1)
     num_rows = math.prod(x.shape[:-1])
     if x.dtype == jnp.bfloat16 and num_rows < MIN_ROWS_BFLOAT16_CPU:
@@ -91,7 +99,11 @@ Stack = ArrayStack | BlobStack
 
 
 def linear_of_stack(
-    x: Float[Array, "rows I"], stack: Stack, index: Int[Array, ""], tile_bytes: int | None
+    x: Float[Array, "rows I"],
+    stack: Stack,
+    index: Int[Array, ""],
+    tile_bytes: int | None,
+    reduce: bool = False,
 ) -> Float[Array, "rows O"]:
     """Multiplies by one weight of a stack, like ``linear``.
 
@@ -104,15 +116,16 @@ def linear_of_stack(
       stack: the weights.
       index: which weight.
       tile_bytes: size of a tile in the dtype of x; None takes the matrix whole.
+      reduce: multiply and sum instead, which reads the weight in place on a GPU; for few rows.
     """
-    if tile_bytes is None:
-        return _product(x, stack.rows(index, 0, stack.num_outputs))
-    return _tiled(
-        lambda first, size: _product(x, stack.rows(index, first, size), reduce=False),
-        x,
-        stack.num_outputs,
-        tile_bytes,
-    )
+    if reduce:
+        return _reduce(x, stack.rows(index, 0, stack.num_outputs))
+
+    def product(first: jax.Array | int, size: int) -> jax.Array:
+        w = stack.rows(index, first, size)
+        return dequantized_product(x, w) if isinstance(w, QuantArray) else dot(x, w.astype(x.dtype))
+
+    return _tiled(product, x, stack.num_outputs, tile_bytes)
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -120,24 +133,44 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 
-def _product(x: jax.Array, w_OI: Weight, *, reduce: bool = True) -> jax.Array:
-    if not isinstance(w_OI, QuantArray):
-        return dot(x, w_OI.astype(x.dtype))
-    return linear_quant(x, w_OI) if reduce else dot(x, dequantize(w_OI).astype(x.dtype))
+def _reduce(x: jax.Array, w_OI: Weight) -> jax.Array:
+    if isinstance(w_OI, QuantArray):
+        return reduce_product(x, w_OI, of_stack=True)
+    w = w_OI.astype(jnp.float32)
+    return jnp.stack([jnp.sum(w * row, axis=-1) for row in x.astype(jnp.float32)])
+
+
+def _linear_cpu(x: jax.Array, w_OI: QuantArray) -> jax.Array:
+    return _tiled_quant(x, w_OI, CPU_TILE_BYTES)
+
+
+def _linear_accelerator(x: jax.Array, w_OI: QuantArray) -> jax.Array:
+    if x.shape[0] <= MAX_REDUCE_ROWS:
+        return reduce_product(x, w_OI)
+    return _tiled_quant(x, w_OI, ACCELERATOR_TILE_BYTES)
+
+
+def _tiled_quant(x: jax.Array, w_OI: QuantArray, tile_bytes: int) -> jax.Array:
+    def product(first: jax.Array | int, size: int) -> jax.Array:
+        tile = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, first, size), w_OI)
+        return dequantized_product(x, tile)
+
+    return _tiled(product, x, w_OI.shape[0], tile_bytes)
 
 
 def _tiled(
     product: Callable[[jax.Array | int, int], jax.Array],
     x: jax.Array,
     num_outputs: int,
-    tile_bytes: int,
+    tile_bytes: int | None,
 ) -> jax.Array:
     """Collects product(first output, number of outputs) over tiles of a weight."""
-    max_rows = max(1, tile_bytes // (x.shape[-1] * x.dtype.itemsize))
-    if num_outputs <= max_rows:
+    tile_rows = num_outputs
+    if tile_bytes is not None:
+        max_rows = max(1, tile_bytes // (x.shape[-1] * x.dtype.itemsize))
+        tile_rows = max(n for n in range(1, max_rows + 1) if num_outputs % n == 0)
+    if tile_rows == num_outputs:
         return product(0, num_outputs)
-    # The largest power of two that divides the outputs and fits.
-    tile_rows = min(num_outputs & -num_outputs, 1 << (max_rows.bit_length() - 1))
 
     def one_tile(i: jax.Array, y: jax.Array) -> jax.Array:
         out = product(i * tile_rows, tile_rows)
@@ -145,14 +178,6 @@ def _tiled(
 
     y = jnp.zeros((x.shape[0], num_outputs), jnp.float32)
     return lax.fori_loop(0, num_outputs // tile_rows, one_tile, y)
-
-
-def _tiled_quant(x: jax.Array, w_OI: QuantArray) -> jax.Array:
-    def product(first: jax.Array | int, size: int) -> jax.Array:
-        tile = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, first, size), w_OI)
-        return _product(x, tile, reduce=False)
-
-    return _tiled(product, x, w_OI.shape[0], CPU_TILE_BYTES)
 
 
 def _padded_dot(x: jax.Array, w_OI: jax.Array) -> jax.Array:

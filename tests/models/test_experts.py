@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmoe.models.experts import ExpertForm, Experts, choose_form, combine, plan_blocks
-from jmoe.models.linear import CPU_TILE_BYTES
+from jmoe.models.linear import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES
 from jmoe.models.router import Routing
 from tests.models.configs import small_config
 
@@ -18,6 +18,7 @@ FORMS = [
     ExpertForm("reduce"),
     *(ExpertForm("blocks", rows) for rows in (1, 3, 4, 16)),
     *(ExpertForm("blocks", 4, tile_bytes) for tile_bytes in (2048, 100, 10**9)),
+    ExpertForm("blocks", 4, None, reduce=True),
 ]
 
 
@@ -125,4 +126,5 @@ def test_few_tokens_on_an_accelerator_read_experts_in_place():
     config = small_config()
     assert choose_form(1, config, "gpu") == ExpertForm("reduce")
     assert choose_form(1, config, "cpu") == ExpertForm("blocks", 1, CPU_TILE_BYTES)
-    assert choose_form(4096, config, "gpu") == ExpertForm("blocks", 128)
+    assert choose_form(8, config, "gpu") == ExpertForm("blocks", 4, None, True)
+    assert choose_form(4096, config, "gpu") == ExpertForm("blocks", 128, ACCELERATOR_TILE_BYTES)
