@@ -39,8 +39,8 @@ class Quantized(NamedTuple):
     finite: jax.Array
 
 
-def check_method(method: str, fmt: QuantFormat) -> None:
-    """Raises ConfigError if the method is unknown or has nothing to choose in this format."""
+def check_method(method: str) -> None:
+    """Raises ConfigError if there is no such method."""
     if method not in METHODS:
         raise ConfigError(
             "unknown quantization method", got=repr(method), expected=f"one of {', '.join(METHODS)}"
