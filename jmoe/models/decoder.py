@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -141,7 +142,7 @@ def abstract_parameters(
 def rebuild(
     config: ModelConfig,
     dtype: str,
-    parameters: tuple[jax.Array, ...],
+    parameters: tuple[jax.Array | np.ndarray, ...],
     quant: QuantSpec | None = None,
 ) -> Decoder:
     """A decoder that holds the given arrays, for use while a program is traced.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jmoe.quant.formats import Format, QuantFormat
-from jmoe.quant.quant_array import PART_NAMES, QuantArray
+from jmoe.quant.quant_array import PART_NAMES, QuantArray, from_parts
 
 
 def parameter(shape: tuple[int, ...], dtype: str) -> nnx.Param:
@@ -26,11 +26,8 @@ class QuantWeight(nnx.Module):
             setattr(self, name, parameter(part.shape, part.dtype))
 
     def __getitem__(self, index: object) -> QuantArray:
-        parts = {name: getattr(self, name, None) for name in PART_NAMES}
-        return QuantArray(
-            format=self.format,
-            **{name: None if part is None else part[index] for name, part in parts.items()},
-        )
+        parts = {name: getattr(self, name)[index] for name in PART_NAMES if hasattr(self, name)}
+        return from_parts(parts, self.format)
 
 
 def matrix(shape: tuple[int, int], fmt: Format | None, dtype: str) -> nnx.Param | QuantWeight:

@@ -84,8 +84,8 @@ class ExpertLayout:
 
     def matrix_shape(self, matrix: MatrixName) -> tuple[int, int]:
         """[outputs, inputs]."""
-        shape = (self.intermediate_size, self.hidden_size)
-        return shape[::-1] if matrix == "w2" else shape
+        hidden, width = self.hidden_size, self.intermediate_size
+        return (hidden, width) if matrix == "w2" else (width, hidden)
 
     def parts(self, matrix: MatrixName) -> Mapping[str, PlacedPart]:
         """The arrays of a matrix by name: those of QuantArray, or "values" if it is dense."""

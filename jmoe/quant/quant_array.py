@@ -1,6 +1,8 @@
 """A matrix, or a stack of them, in few bits."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +63,16 @@ class QuantArray:
         return jax.tree.map(lambda part: part[index], self)
 
 
-def from_parts(parts: dict[str, jax.Array], fmt: QuantFormat) -> QuantArray:
-    """Puts a QuantArray together from the arrays that its format has."""
-    return QuantArray(format=fmt, **{name: parts.get(name) for name in PART_NAMES})
+def from_parts(parts: Mapping[str, Any], fmt: QuantFormat) -> QuantArray:
+    """Puts a QuantArray together from the arrays that its format has, by name."""
+    assert parts.keys() <= set(PART_NAMES)
+    return QuantArray(
+        codes=parts["codes"],
+        scales=parts["scales"],
+        zeros=parts.get("zeros"),
+        nested=parts.get("nested"),
+        format=fmt,
+    )
 
 
 def validate(array: QuantArray) -> None:

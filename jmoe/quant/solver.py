@@ -64,7 +64,7 @@ def quantize(w_NK: Float[Array, "*stack N K"], fmt: QuantFormat, method: Method)
     scales, zeros = _from_extremes(w, fmt)
     nested_group = fmt.nested_group(num_columns)
     scale_part, scale_steps = _store(scales, nested_group, fmt)
-    nested = None if scale_steps is None else scale_steps
+    nested = scale_steps
     array = QuantArray(
         codes=jnp.zeros((*rows, 0), jnp.uint8),
         scales=scale_part,
@@ -78,7 +78,7 @@ def quantize(w_NK: Float[Array, "*stack N K"], fmt: QuantFormat, method: Method)
         if method == "hqq":
             zeros = _hqq_zeros(w, scales, zeros, fmt)
         zero_part, zero_steps = _store(zeros, nested_group, fmt)
-        if nested is not None:
+        if nested is not None and zero_steps is not None:
             nested = jnp.concatenate([nested, zero_steps], axis=-1)
     array = QuantArray(
         codes=array.codes, scales=scale_part, zeros=zero_part, nested=nested, format=fmt
