@@ -150,16 +150,28 @@ class Manifest:
             files=_parse_files(directory, raw.get("files")),
         )
 
+    def check_config(self, directory: Path) -> None:
+        """Raises CheckpointError if config.json is not the one that was converted."""
+        sha256 = hash_file(directory / CONFIG_NAME)
+        if sha256 != self.config_sha256:
+            raise CheckpointError(
+                f"{CONFIG_NAME} was changed after the conversion",
+                where=directory,
+                got=f"sha256 {sha256}",
+                expected=f"sha256 {self.config_sha256}, as {MANIFEST_NAME} says",
+                do=f"put the former {CONFIG_NAME} back, or {CONVERT_AGAIN}",
+            )
+
     def check_files(self, directory: Path, num_layers: int) -> None:
-        """Compares names and sizes of the files with the manifest, and config.json's contents.
+        """Compares names and sizes of the files with the manifest.
 
         Args:
           directory: the store.
           num_layers: how many layers config.json speaks of.
 
         Raises:
-          CheckpointError: the manifest does not list what a store of so many layers has, files
-            are missing or of another size, or config.json was changed.
+          CheckpointError: the manifest does not list what a store of so many layers has, or
+            files are missing or of another size.
         """
         needed = {CONFIG_NAME, SHARED_NAME, *map(experts_name, range(num_layers))}
         listed = {name for name in self.files if name not in SIDE_FILES}
@@ -193,15 +205,6 @@ class Manifest:
                     expected=f"{entry.num_bytes} bytes, as {MANIFEST_NAME} says",
                     do=f"copy the whole directory again, or {CONVERT_AGAIN}",
                 )
-        sha256 = hash_file(directory / CONFIG_NAME)
-        if sha256 != self.config_sha256:
-            raise CheckpointError(
-                f"{CONFIG_NAME} was changed after the conversion",
-                where=directory,
-                got=f"sha256 {sha256}",
-                expected=f"sha256 {self.config_sha256}, as {MANIFEST_NAME} says",
-                do=f"put the former {CONFIG_NAME} back, or {CONVERT_AGAIN}",
-            )
 
     def check_contents(
         self, directory: Path, on_bytes: Callable[[int], object] = lambda num_bytes: None
