@@ -1,0 +1,164 @@
+"""Locking host memory in place, so that the device's DMA engine reads it without a detour.
+
+Copies from ordinary memory go through a staging buffer, by one host thread. Three ways, the best
+first: to register the memory with the driver (``dma_map``, not a public part of JAX); to move it
+into arrays of the backend's own locked memory (``pinned_host``); to leave it as it is.
+"""
+
+import dataclasses
+import mmap
+import os
+from collections.abc import Callable, Mapping, MutableSequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+PageLockKind = Literal["dma_map", "pinned_host", "plain"]
+
+
+@dataclasses.dataclass(slots=True)
+class PageLock:
+    """What became of an attempt to lock memory. Made by ``lock_pages``.
+
+    Attributes:
+      kind: how it is locked; "plain" is not at all.
+      reason: why so, for the user; with what failed before.
+      pinned: by layer the device's view of the memory, of kind "pinned_host" only: uint8, of the
+        shape of the layer, sharing its bytes.
+    """
+
+    kind: PageLockKind
+    reason: str
+    pinned: tuple[jax.Array, ...] = ()
+    _unlock: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Unlocks the memory. No transfer may be under way. A second call does nothing."""
+        unlock, self._unlock = self._unlock, None
+        self.pinned = ()
+        if unlock is not None:
+            unlock()
+
+
+def lock_pages(
+    layers: MutableSequence[np.ndarray],
+    device: jax.Device,
+    *,
+    may_move: bool,
+    spare_bytes: int,
+) -> PageLock:
+    """Locks arrays for transfers to a device, as well as it can be done.
+
+    Args:
+      layers: C-contiguous arrays. If they move into pinned_host arrays the entries are replaced,
+        one after another: no more than one layer is in memory twice, provided that nobody else
+        holds the arrays that were there.
+      device: where the transfers go.
+      may_move: whether moving is allowed. A mapped file stays where it is: to copy it would take
+        the memory that it was mapped to save.
+      spare_bytes: free memory, beside the arrays.
+
+    Returns:
+      The lock. Nothing is raised where the backend refuses: that is in its reason.
+    """
+    if device.platform == "cpu":
+        return PageLock("plain", "the CPU backend reads host memory where it is")
+    client = device.client
+    try:
+        addresses = _map_all(layers, client)
+    except Exception as error:  # of whatever type the backend or its version has
+        failed = f"dma_map: {_sentence(error)}"
+    else:
+        return PageLock(
+            "dma_map",
+            "registered with the driver",
+            _unlock=lambda: _unmap_all(addresses, client),
+        )
+    obstacle = _obstacle_to_moving(layers, device, may_move, spare_bytes, os.environ)
+    if obstacle is not None:
+        return PageLock("plain", f"{failed}; pinned_host: {obstacle}")
+    pinned = []
+    try:
+        for i in range(len(layers)):
+            array = _pinned_copy(layers[i], device)
+            layers[i] = _host_view(array)
+            pinned.append(array)
+    except Exception as error:
+        # Layers that have moved stay there: they are host memory like any other.
+        done = f" after {len(pinned)} of {len(layers)} layers" if pinned else ""
+        return PageLock("plain", f"{failed}; pinned_host: {_sentence(error)}{done}")
+    return PageLock("pinned_host", f"moved into pinned_host arrays ({failed})", tuple(pinned))
+
+
+def _map_all(layers: MutableSequence[np.ndarray], client: Any) -> list[int]:
+    """Registers all arrays or none; returns their addresses, rounded to pages."""
+    addresses = []
+    try:
+        for layer in layers:
+            address = layer.ctypes.data
+            first = address - address % mmap.PAGESIZE
+            num_bytes = address + layer.nbytes - first
+            client.dma_map(first, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            addresses.append(first)
+    except Exception:
+        _unmap_all(addresses, client)
+        raise
+    return addresses
+
+
+def _unmap_all(addresses: list[int], client: Any) -> None:
+    for address in addresses:
+        client.dma_unmap(address)
+
+
+def _obstacle_to_moving(
+    layers: MutableSequence[np.ndarray],
+    device: jax.Device,
+    may_move: bool,
+    spare_bytes: int,
+    environ: Mapping[str, str],
+) -> str | None:
+    num_bytes = sum(layer.nbytes for layer in layers)
+    if not may_move:
+        return "not tried, it would copy the mapped files into memory"
+    limit = _pool_limit_bytes(environ)
+    if device.platform == "gpu" and num_bytes > limit:
+        return (
+            f"not tried, {_gib(num_bytes)} are above XLA's limit of {_gib(limit)} "
+            "(XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB)"
+        )
+    # XLA's pool grows by doubling, so that it may lock up to twice of what is used.
+    if num_bytes > spare_bytes:
+        spare = _gib(max(0, spare_bytes))
+        return f"not tried, it may take {_gib(num_bytes)} more, and {spare} are free"
+    return None
+
+
+def _pool_limit_bytes(environ: Mapping[str, str]) -> int:
+    """Of XLA:GPU's pinned memory. Source: GetHostMemoryAllocator in xla/pjrt/gpu."""
+    preallocated = environ.get("XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE", "").lower()
+    default = "16" if preallocated in ("true", "1") else "64"
+    value = environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", default)
+    return int(value if value.isdecimal() else default) << 30
+
+
+def _pinned_copy(layer: np.ndarray, device: jax.Device) -> jax.Array:
+    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    return jax.block_until_ready(jax.device_put(layer, sharding, may_alias=False))
+
+
+def _host_view(array: jax.Array) -> np.ndarray:
+    """The array's memory as numpy sees it; a copy would be a second one of everything."""
+    view = np.asarray(array)
+    if view.ctypes.data != array.unsafe_buffer_pointer():
+        raise RuntimeError("numpy gets a copy of a pinned_host array")
+    return view
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
