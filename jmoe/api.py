@@ -1,35 +1,28 @@
 """The public surface: load a model, generate text."""
 
 import dataclasses
-import os
-import sys
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jmoe.config import ModelConfig
 from jmoe.engines.batch import BatchRun
-from jmoe.engines.memory import check_fits
 from jmoe.engines.resident import ResidentEngine
-from jmoe.errors import ConfigError, RequestError
+from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions, make_options
 from jmoe.generation.sequence import FinishReason, GrowingSequence
+from jmoe.loading import EMBEDDED_MODEL as EMBEDDED_MODEL
+from jmoe.loading import LoadOptions, find_model
 from jmoe.metrics import GenerationStats, Stopwatch
-from jmoe.models import families
-from jmoe.planning.memory import available_host_bytes
-from jmoe.store import hub
-from jmoe.store.checkpoint import Checkpoint
+from jmoe.models.decoder import abstract_parameters
+from jmoe.quant.solver import Method
+from jmoe.quant.spec import QuantSpec
 from jmoe.store.generation_config import GenerationDefaults
-from jmoe.store.json_files import read_config_json
-from jmoe.store.parameters import check_tensors, read_parameters
 from jmoe.store.tokenizer import Tokenizer
-
-EMBEDDED_MODEL = Path(__file__).parent / "data" / "tiny-mixtral"
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -84,22 +77,29 @@ class LLM:
       config: its shape.
       tokenizer: text to tokens and back.
       engine: what runs it.
+      config_json: its config.json.
+      notes: what was decided while loading, and why; a sentence each.
       load_s: seconds that loading took.
     """
 
     def __init__(
         self,
+        *,
         name: str,
         directory: Path,
         tokenizer: Tokenizer,
         defaults: GenerationDefaults,
         engine: ResidentEngine,
+        notes: tuple[str, ...],
+        config_json: Mapping[str, Any],
         load_s: float,
     ):
         self.name = name
         self.directory = directory
-        self.tokenizer = tokenizer
+        self.config_json = config_json
         self.engine = engine
+        self.notes = notes
+        self.tokenizer = tokenizer
         self.load_s = load_s
         self._defaults = defaults
 
@@ -108,8 +108,14 @@ class LLM:
         return self.engine.config
 
     @property
+    def quant(self) -> QuantSpec | None:
+        """Formats of the quantized weights; None if all are plain."""
+        return self.engine.quant
+
+    @property
     def num_parameters(self) -> int:
-        return sum(parameter.size for parameter in self.engine.parameters)
+        shapes = abstract_parameters(self.config).values()
+        return sum(math.prod(shape.shape) for shape in shapes)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Generates text for one prompt, or for several as one batch.
@@ -224,6 +230,12 @@ def load(
     model: str | Path | None = None,
     *,
     dtype: str = "auto",
+    quant: str | None = None,
+    method: Method = "hqq",
+    host_memory: str = "auto",
+    random_weights: bool = False,
+    num_layers: int | None = None,
+    seed: int = 0,
     device: jax.Device | None = None,
     revision: str | None = None,
     progress: bool = False,
@@ -232,10 +244,21 @@ def load(
 
     Args:
       model: a directory in Hugging Face format, or a hub id ("org/name"), which is found in
-        the local hub cache or downloaded. None is the small model inside the package.
-      dtype: of weights and arithmetic: "float32", "bfloat16", or "auto", which is
-        bfloat16 on an accelerator; on the CPU backend float32 if that fits into free
-        memory, else bfloat16.
+        the local hub cache or downloaded; a store made by scripts/convert.py; or an Orbax
+        checkpoint (``save_checkpoint``). None is the small model inside the package.
+      dtype: of arithmetic and of weights that are not quantized: "float32", "bfloat16", or
+        "auto", which is bfloat16 on an accelerator; on the CPU backend float32 if that fits
+        into free memory, else bfloat16.
+      quant: formats of the weights: a preset such as "attn4-experts4", or components with
+        their formats (``quant.spec.parse_spec``). None leaves them as they are. A converted
+        store has its formats; another one than that is refused.
+      method: how to quantize: "hqq", or "rtn" (round to nearest), which is faster.
+      host_memory: of a converted store: "mmap" maps its files, "ram" reads them into
+        memory of its own, "auto" is ram if there is room.
+      random_weights: fill the shape of a known model ("mixtral-8x7b") or of a config.json
+        with random weights instead, with the embedded model's tokenizer.
+      num_layers: with random weights: instead of the shape's own number.
+      seed: of random weights.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.
@@ -244,59 +267,32 @@ def load(
       ConfigError: the model's configuration is unreadable or not supported.
       CheckpointError: files are missing, damaged, or do not belong to this configuration.
       CapacityError: the weights do not fit into memory.
+      RequestError: arguments contradict each other.
     """
+    options = LoadOptions(
+        dtype=dtype,
+        quant=quant,
+        method=method,
+        host_memory=host_memory,
+        random_weights=random_weights,
+        num_layers=num_layers,
+        seed=seed,
+        revision=revision,
+        progress=progress,
+    )
     stopwatch = Stopwatch()
     with stopwatch:
-        directory = EMBEDDED_MODEL if model is None else hub.resolve(model, revision=revision)
-        config_json = read_config_json(directory)
-        config = families.config_from_json(config_json, directory)
-        checkpoint = Checkpoint.open(directory)
-        check_tensors(checkpoint, config)
-        tokenizer = Tokenizer.load(directory, vocab_size=config.vocab_size)
-        defaults = GenerationDefaults.load(directory, config_json)
-        device = device or _default_device()
-        dtype_name = _choose_dtype(dtype, config, device)
-        num_bytes = parameter_bytes(config, dtype_name)
-        check_fits(
-            num_bytes,
-            device,
-            what=f"the model in {dtype_name}",
-            do="use a smaller dtype, or a machine with more memory",
-        )
-        show = progress and sys.stderr.isatty()
-        with tqdm(
-            total=num_bytes, unit="B", unit_scale=True, delay=1, desc="loading", disable=not show
-        ) as bar:
-            parameters = read_parameters(checkpoint, config, dtype_name, bar.update)
-            engine = ResidentEngine(config, parameters, dtype_name, device)
-    name = "tiny-mixtral (embedded)" if model is None else str(model)
-    return LLM(name, directory, tokenizer, defaults, engine, stopwatch.seconds)
-
-
-def _default_device() -> jax.Device:
-    try:
-        return jax.local_devices()[0]
-    except (RuntimeError, AssertionError) as error:  # a backend that JAX_PLATFORMS asks for
-        raise ConfigError(
-            "JAX cannot start on any device",
-            where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
-            got=str(error) or type(error).__name__,
-            do="unset JAX_PLATFORMS, or install the extra for your accelerator, jmoe[cuda12]",
-        ) from None
-
-
-def parameter_bytes(config: ModelConfig, dtype: str) -> int:
-    """Size of a model's weights."""
-    shapes = [source.shape for source in families.parameter_sources(config).values()]
-    return sum(int(np.prod(shape)) for shape in shapes) * jnp.dtype(dtype).itemsize
-
-
-def _choose_dtype(dtype: str, config: ModelConfig, device: jax.Device) -> str:
-    if dtype in ("float32", "bfloat16"):
-        return dtype
-    if dtype != "auto":
-        raise ConfigError("unknown dtype", got=repr(dtype), expected="auto, float32 or bfloat16")
-    if device.platform != "cpu":
-        return "bfloat16"
-    fits = parameter_bytes(config, "float32") < 0.8 * available_host_bytes()
-    return "float32" if fits else "bfloat16"
+        found = find_model(model, options, device)
+        tokenizer = Tokenizer.load(found.directory, vocab_size=found.config.vocab_size)
+        defaults = GenerationDefaults.load(found.directory, found.config_json)
+        engine, notes = found.build()
+    return LLM(
+        name=found.name,
+        directory=found.directory,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        engine=engine,
+        notes=notes,
+        config_json=found.config_json,
+        load_s=stopwatch.seconds,
+    )

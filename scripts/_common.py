@@ -81,9 +81,13 @@ def describe(llm: "jmoe.LLM") -> str:
     return (
         f"{llm.name}: {config.model_type}, {llm.num_parameters / 1e6:,.1f} M parameters, "
         f"{config.num_hidden_layers} layers of {config.router.num_experts} experts "
-        f"(top {config.router.top_k}); {engine.dtype} on {engine.device}, "
+        f"(top {config.router.top_k}); {_formats(llm)} on {engine.device}, "
         f"{engine.parameter_bytes / 2**20:,.1f} MiB, loaded in {llm.load_s:.1f} s"
     )
+
+
+def _formats(llm: "jmoe.LLM") -> str:
+    return llm.engine.dtype if llm.quant is None else f"{llm.quant} in {llm.engine.dtype}"
 
 
 def speeds(stats: "jmoe.GenerationStats") -> str:
@@ -107,6 +111,8 @@ def model_json(llm: "jmoe.LLM") -> dict[str, Any]:
         "num_experts": config.router.num_experts,
         "num_experts_per_tok": config.router.top_k,
         "dtype": engine.dtype,
+        "quant": None if llm.quant is None else llm.quant.to_json(),
+        "notes": list(llm.notes),
         "device": str(engine.device),
         "parameter_bytes": engine.parameter_bytes,
     }

@@ -8,11 +8,13 @@ Compilation and warm-up are never part of a figure. The last line of stdout is o
 
 Suites:
   decode  prefill and decode of the resident engine: all weights in one memory
+  load    from a new process to the first token, for several forms of a model
 
 Examples:
   python scripts/bench.py
   python scripts/bench.py --dtype=bfloat16 --batch=1,4 --repeats=9
-  python scripts/bench.py --config=configs/models/mixtral-8x7b.json --layers=1
+  python scripts/bench.py --model=mixtral-8x7b --random_weights --num_layers=1 --quant=int4
+  python scripts/bench.py --suite=load --models=path/to/model,path/to/store
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -20,27 +22,14 @@ Examples:
 import importlib
 
 import _common
+import _model_flags
 from absl import flags
 
 # Modules with run(settings, report), which returns its part of the last line.
-_SUITES = {"decode": "_bench.decode"}
+_SUITES = {"decode": "_bench.decode", "load": "_bench.load"}
 
 _SUITE = flags.DEFINE_enum("suite", "decode", list(_SUITES), "What to measure.")
-_MODEL = flags.DEFINE_string(
-    "model", None, "Directory in Hugging Face format, or hub id. Default: the embedded model."
-)
-_CONFIG = flags.DEFINE_string(
-    "config", None, "config.json of a shape to fill with random weights, instead of --model."
-)
-_LAYERS = flags.DEFINE_integer(
-    "layers", None, "With --config: num_hidden_layers, instead of the file's.", lower_bound=1
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16"],
-    "Of weights and arithmetic. auto: float32 on a CPU, bfloat16 elsewhere.",
-)
+_MODELS = flags.DEFINE_list("models", [], "Suite load: models or stores to compare: A,B")
 _BATCH = flags.DEFINE_list("batch", "1", "Numbers of sequences to run at once: 1,4,16")
 _PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", "64,512", "Tokens of the pp tests, or none.")
 _NEW_TOKENS = flags.DEFINE_integer(
@@ -64,10 +53,9 @@ def main() -> None:
     import jmoe
 
     settings = Settings(
-        model=_MODEL.value,
-        config=_CONFIG.value,
-        layers=_LAYERS.value,
-        dtype=_DTYPE.value,
+        model=_model_flags.MODEL.value,
+        models=tuple(_MODELS.value),
+        loading=_model_flags.arguments(),
         batch_sizes=read_integers("batch", _BATCH.value),
         prompt_lengths=read_integers("prompt_lengths", _PROMPT_LENGTHS.value),
         new_tokens=_NEW_TOKENS.value,

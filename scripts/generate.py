@@ -9,18 +9,18 @@ Examples:
   python scripts/generate.py --prompt='def binary_search(' --temperature=0
   python scripts/generate.py --model=mistralai/Mixtral-8x7B-Instruct-v0.1 --prompt='Hello!'
   python scripts/generate.py --model=path/to/model --chat --system='You are brief.'
+  python scripts/generate.py --model=path/to/model --quant=attn4-experts4
+  python scripts/generate.py --model=mixtral-8x7b --random_weights --num_layers=2 --quant=int4
   cat question.txt | python scripts/generate.py --prompt=- --output=json
   python scripts/generate.py --prompt_file=prompts.jsonl --output=json
 """
 
 import _common
+import _model_flags
 from absl import flags
 
 _DEFAULT_PROMPT = 'class Reader:\n    """Reads records from a file."""'
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "Directory in Hugging Face format, or hub id. Default: the embedded model."
-)
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "Prompt; repeat it for a batch. - reads standard input."
 )
@@ -44,12 +44,6 @@ _REPETITION_PENALTY = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End the text before this string; repeatable.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16"],
-    "Of weights and arithmetic. auto: bfloat16, but float32 on a CPU with room for it.",
-)
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Tell more on stderr.")
 
@@ -77,8 +71,7 @@ def main() -> None:
     if _CHAT.value and (prompts or _OUTPUT.value == "json"):
         raise jmoe.RequestError("--chat goes without --prompt, --prompt_file and --output=json")
 
-    llm = jmoe.load(_MODEL.value, dtype=_DTYPE.value, progress=True)
-    _common.note(_common.describe(llm))
+    llm = _model_flags.load()
     if _VERBOSE.value:
         _common.note(f"{llm.options(**options)}")
     if _CHAT.value:

@@ -53,9 +53,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         try:
             self._template = _environment().from_string(source)
-        except (
-            Exception
-        ) as e:  # not only TemplateSyntaxError: deep nesting, literals of 5000 digits
+        # Not only TemplateSyntaxError: deep nesting, literals of 5000 digits.
+        except Exception as e:
             line = getattr(e, "lineno", None)
             raise CheckpointError(
                 "the chat template is malformed",
@@ -133,9 +132,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (
-            Exception
-        ) as e:  # the template is a program of somebody else's: it may raise anything
+        # The template is a program of somebody else's: it may raise anything.
+        except Exception as e:
             raise RequestError(
                 "the chat template cannot render these messages",
                 got=str(e) or type(e).__name__,

@@ -38,6 +38,10 @@ class TransformersPeer:
             raise RequestError(
                 "--peer=transformers compares on the CPU", do="set JAX_PLATFORMS=cpu"
             )
+        if engine.quant is not None:
+            raise RequestError(
+                "--peer=transformers compares weights as they are", do="leave out --quant"
+            )
         # Waiting threads sleep instead of spinning: while another process runs on the same cores,
         # spinning makes torch up to a hundred times slower. Read when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,7 +58,7 @@ class TransformersPeer:
             sum(_expert_weight(engine, name).nbytes for name in _copied(engine)),
             engine.device,
             what="the peer's own copy of the experts' gate and up projections",
-            do="lower --layers, use --dtype=bfloat16, or leave out --peer",
+            do="lower --num_layers, use --dtype=bfloat16, or leave out --peer",
         )
         torch.set_num_threads(num_threads())
         raw = {k: v for k, v in subject.config_json.items() if k != "model_type"}

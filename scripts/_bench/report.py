@@ -15,6 +15,10 @@ class Report(Protocol):
 
     def row(self, row: dict[str, Any]) -> None: ...
 
+    def table(self, cells: dict[str, str]) -> None:
+        """A row of a suite with columns of its own."""
+        ...
+
 
 class MarkdownReport:
     """A line per ceiling, then a table in Markdown, of columns wide enough to read it as it is."""
@@ -33,6 +37,9 @@ class MarkdownReport:
         cells = {title: cell(row) for title, cell in _COLUMNS.items()}
         if row["peer"]:
             cells |= {title: cell(row) for title, cell in _PEER_COLUMNS.items()}
+        self.table(cells)
+
+    def table(self, cells: dict[str, str]) -> None:
         widths = [max(len(title), _MIN_WIDTH) for title in cells]
         if not self._has_header:
             self._has_header = True
@@ -53,6 +60,9 @@ class JsonLinesReport:
 
     def row(self, row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)
+
+    def table(self, cells: dict[str, str]) -> None:
+        print(json.dumps(cells), flush=True)
 
 
 REPORTS: dict[str, Callable[[], Report]] = {"md": MarkdownReport, "jsonl": JsonLinesReport}

@@ -26,7 +26,6 @@ from _bench.machine import Neighbours  # noqa: E402
 from _bench.peer import TransformersPeer  # noqa: E402
 from _bench.settings import Settings, Subject, read_integers  # noqa: E402
 
-_MIXTRAL = "configs/models/mixtral-8x7b.json"
 _SMALL = {
     "model_type": "mixtral",
     "vocab_size": 96,
@@ -60,9 +59,8 @@ def _small_engine(dtype: str = "float32") -> ResidentEngine:
 def _settings(**changes: Any) -> Settings:
     fields = {
         "model": None,
-        "config": None,
-        "layers": None,
-        "dtype": "auto",
+        "models": (),
+        "loading": {},
         "batch_sizes": (1,),
         "prompt_lengths": (8,),
         "new_tokens": 4,
@@ -118,9 +116,15 @@ def test_markdown_ends_with_one_json_object_that_holds_everything(tmp_path: Path
 
 def test_jsonl_of_random_weights_is_json_in_every_line(tmp_path: Path):
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(_SMALL))
+    config.write_text(json.dumps(_SMALL | {"vocab_size": 4096}))  # as many as the tokenizer has
     result = _bench(
-        *_QUICK, f"--config={config}", "--layers=3", "--dtype=bfloat16", "--format=jsonl"
+        *_QUICK,
+        f"--model={config}",
+        "--random_weights",
+        "--num_layers=3",
+        "--dtype=bfloat16",
+        "--quant=attention=8g16sf,experts=4g16",
+        "--format=jsonl",
     )
     assert result.returncode == 0, result.stderr
     first, *rows, summary = map(json.loads, result.stdout.splitlines())
@@ -137,9 +141,9 @@ def test_jsonl_of_random_weights_is_json_in_every_line(tmp_path: Path):
         (["--batch=1,two"], "--batch is not usable"),
         (["--prompt_lengths=0"], "--prompt_lengths is not usable"),
         (["--new_tokens=0", "--prompt_lengths="], "nothing to measure"),
-        (["--layers=2"], "--layers goes with --config"),
-        (["--config=nowhere/config.json"], "config.json is missing"),
-        ([f"--config={_MIXTRAL}", "--layers=1000"], "does not fit into the memory"),
+        (["--num_layers=2"], "goes with random weights only"),
+        (["--model=nowhere", "--random_weights"], "no model of this name is known"),
+        (["--model=mixtral-8x7b", "--random_weights"], "does not fit into the memory"),
         (["--prompt_lengths=1024"], "longer than the model's context"),
         (["--output_file=nowhere/results.jsonl"], "--output_file cannot be written"),
     ],
@@ -197,8 +201,8 @@ def test_numbers_of_flags():
     assert read_integers("batch", ["1", " 4"]) == (1, 4)
     with pytest.raises(jmoe.RequestError, match=r"--batch is not usable"):
         read_integers("batch", ["-1"])
-    with pytest.raises(jmoe.RequestError, match="exclude each other"):
-        _settings(model="here", config=_MIXTRAL)
+    with pytest.raises(jmoe.RequestError, match="nothing to measure"):
+        _settings(prompt_lengths=(), new_tokens=0)
 
 
 def test_bytes_of_a_step_are_all_weights_but_the_embedding_if_all_experts_are_used():

@@ -1,0 +1,270 @@
+"""From what the user names to an engine with weights: whatever form they are stored in.
+
+A model may be a directory in Hugging Face format (or its hub id), a converted store, an Orbax
+checkpoint, or the shape of a known model with random weights. Its weights stay as they are,
+are quantized on the way, or are quantized already.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jmoe.config import ModelConfig
+from jmoe.engines.memory import check_fits
+from jmoe.engines.resident import ResidentEngine
+from jmoe.errors import ConfigError, RequestError
+from jmoe.models import families
+from jmoe.models.decoder import abstract_parameters
+from jmoe.models.random_weights import iterate_random_parameters
+from jmoe.planning.memory import available_host_bytes
+from jmoe.quant.solver import Method, check_method
+from jmoe.quant.spec import QuantSpec, parse_spec
+from jmoe.store import hub
+from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.converted_model import ConvertedModel
+from jmoe.store.json_files import read_config_json, read_json_object
+from jmoe.store.known_models import is_known_model, read_known_model, with_num_layers
+from jmoe.store.manifest import check_quant, is_store, require_complete
+from jmoe.store.parameters import check_tensors, read_parameters
+from jmoe.store.quantize import quantized_parameters
+from jmoe.store.source import CheckpointSource
+
+EMBEDDED_MODEL = Path(__file__).parent / "data" / "tiny-mixtral"
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load a model: the arguments of ``jmoe.load``, which explains them.
+
+    Raises RequestError or ConfigError if they are unusable or contradict each other.
+    """
+
+    dtype: str = "auto"
+    quant: str | None = None
+    method: Method = "hqq"
+    host_memory: str = "auto"
+    random_weights: bool = False
+    num_layers: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    progress: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(
+                "unknown dtype", got=repr(self.dtype), expected="auto, float32 or bfloat16"
+            )
+        if self.host_memory not in ("auto", "mmap", "ram"):
+            raise ConfigError(
+                "unknown kind of host memory",
+                got=repr(self.host_memory),
+                expected="auto, mmap or ram",
+            )
+        if self.quant is not None:
+            parse_spec(self.quant)
+        check_method(self.method)
+        if self.num_layers is not None and not self.random_weights:
+            raise RequestError(
+                "num_layers changes the shape of a model, and goes with random weights only",
+                got=self.num_layers,
+                do="add --random_weights, or leave --num_layers out",
+            )
+
+
+class FoundModel(NamedTuple):
+    """A model whose configuration and files were checked, and whose weights were not read yet.
+
+    Attributes:
+      name: what the user called it.
+      directory: where the tokenizer and the defaults for generation are.
+      config_json: as Hugging Face writes it.
+      config: the same, understood.
+      build: reads, makes up or maps the weights; returns the engine, and what was decided on
+        the way and why, a sentence each.
+    """
+
+    name: str
+    directory: Path
+    config_json: dict[str, Any]
+    config: ModelConfig
+    build: Callable[[], tuple[ResidentEngine, tuple[str, ...]]]
+
+
+def find_model(
+    model: str | Path | None, options: LoadOptions, device: jax.Device | None = None
+) -> FoundModel:
+    """Finds out in which form a model is, and whether it can be loaded.
+
+    Raises as ``jmoe.load``; after this only what changes in the meantime can go wrong.
+    """
+    device = device or default_device()
+    if options.random_weights:
+        return _find_random(model, options, device)
+    if model is None:
+        name, directory = "tiny-mixtral (embedded)", EMBEDDED_MODEL
+    else:
+        name, directory = str(model), hub.resolve(model, revision=options.revision)
+    require_complete(directory)
+    if is_store(directory):
+        return _find_store(name, directory, options, device)
+    if options.quant is not None:
+        return _find_source(name, directory, parse_spec(options.quant), options, device)
+    return _find_checkpoint(name, directory, options, device)
+
+
+def default_device() -> jax.Device:
+    """JAX's first device (ConfigError if no backend starts)."""
+    try:
+        return jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as error:  # a backend that JAX_PLATFORMS asks for
+        raise ConfigError(
+            "JAX cannot start on any device",
+            where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
+            got=str(error) or type(error).__name__,
+            do="unset JAX_PLATFORMS, or install the extra for your accelerator, jmoe[cuda12]",
+        ) from None
+
+
+def parameter_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None = None) -> int:
+    """Size of a model's weights."""
+    shapes = abstract_parameters(config, dtype, quant).values()
+    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)
+
+
+def _find_checkpoint(
+    name: str, directory: Path, options: LoadOptions, device: jax.Device
+) -> FoundModel:
+    config_json = read_config_json(directory)
+    config = families.config_from_json(config_json, directory)
+    checkpoint = Checkpoint.open(directory)
+    check_tensors(checkpoint, config)
+    dtype = _choose_dtype(options.dtype, config, device, None)
+    num_bytes = _check_size(config, dtype, None, device)
+
+    def build() -> tuple[ResidentEngine, tuple[str, ...]]:
+        with _bar(num_bytes, "loading", options) as bar:
+            parameters = read_parameters(checkpoint, config, dtype, bar.update)
+            return ResidentEngine(config, parameters, dtype, device), ()
+
+    return FoundModel(name, directory, config_json, config, build)
+
+
+def _find_source(
+    name: str, directory: Path, quant: QuantSpec, options: LoadOptions, device: jax.Device
+) -> FoundModel:
+    """A model that is quantized as it is read."""
+    source = CheckpointSource(directory, name)
+    config = source.config
+    dtype = _choose_dtype(options.dtype, config, device, quant)
+    _check_size(config, dtype, quant, device)
+
+    def build() -> tuple[ResidentEngine, tuple[str, ...]]:
+        with _bar(source.total_bytes, f"quantizing ({options.method})", options) as bar:
+            parameters = quantized_parameters(source, dtype, quant, options.method, bar.update)
+            return ResidentEngine(config, parameters, dtype, device, quant), ()
+
+    return FoundModel(name, directory, source.config_json, config, build)
+
+
+def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.Device) -> FoundModel:
+    model = ConvertedModel.open(directory)
+    check_quant(model.manifest, options.quant)
+    config, quant = model.config, model.quant
+    dtype = _choose_dtype(options.dtype, config, device, quant)
+    if device.platform != "cpu":  # there, mapped files need no memory of their own
+        _check_size(config, dtype, quant, device)
+
+    def build() -> tuple[ResidentEngine, tuple[str, ...]]:
+        with _bar(model.expert_bytes + model.shared_bytes, "loading", options) as bar:
+            store = model.open_experts(
+                options.host_memory, bar.update, available_bytes=available_host_bytes()
+            )
+            lock = store.lock_pages(device)
+            parameters = model.parameters(store, dtype, bar.update)
+            engine = ResidentEngine(config, parameters, dtype, device, quant)
+        return engine, (
+            f"experts in host memory: {store.memory} ({store.memory_reason}); "
+            f"pages: {lock.kind} ({lock.reason})",
+        )
+
+    # A store of random weights has no tokenizer: see _find_random.
+    is_random = model.manifest.source.get("kind") == "random"
+    files = EMBEDDED_MODEL if is_random else directory
+    return FoundModel(name, files, dict(model.config_json), config, build)
+
+
+def _find_random(model: str | Path | None, options: LoadOptions, device: jax.Device) -> FoundModel:
+    if model is None:
+        raise RequestError(
+            "random weights need a shape", do="name one, such as --model=mixtral-8x7b"
+        )
+    config_json = _read_shape(model, options.num_layers)
+    config = families.config_from_json(config_json, model)
+    quant = None if options.quant is None else parse_spec(options.quant)
+    dtype = _choose_dtype(options.dtype, config, device, quant)
+    num_bytes = _check_size(config, dtype, quant, device)
+    name = f"random weights of the shape {Path(model).stem}"
+    if options.num_layers is not None:
+        name += f" with {options.num_layers} layers"
+
+    def build() -> tuple[ResidentEngine, tuple[str, ...]]:
+        with _bar(num_bytes, "making up weights", options) as bar:
+
+            def counted() -> Iterator[np.ndarray | jax.Array]:
+                for parameter in iterate_random_parameters(config, dtype, options.seed, quant):
+                    bar.update(parameter.nbytes)
+                    yield parameter
+
+            return ResidentEngine(config, counted(), dtype, device, quant), ()
+
+    # Any tokenizer will do, as long as the model has its ids.
+    return FoundModel(name, EMBEDDED_MODEL, config_json, config, build)
+
+
+def _read_shape(model: str | Path, num_layers: int | None) -> dict[str, Any]:
+    """The config.json of a known model, of a model directory, or of that name."""
+    path = Path(model)
+    if is_known_model(model) or not path.exists():
+        return read_known_model(str(model), num_layers)
+    raw = read_config_json(path) if path.is_dir() else read_json_object(path, ConfigError)
+    return raw if num_layers is None else with_num_layers(raw, num_layers)
+
+
+def _check_size(
+    config: ModelConfig, dtype: str, quant: QuantSpec | None, device: jax.Device
+) -> int:
+    num_bytes = parameter_bytes(config, dtype, quant)
+    check_fits(
+        num_bytes,
+        device,
+        what=f"the model in {dtype if quant is None else quant}",
+        do="use fewer bits (--quant=attn4-experts4), or a machine with more memory",
+    )
+    return num_bytes
+
+
+def _choose_dtype(
+    dtype: str, config: ModelConfig, device: jax.Device, quant: QuantSpec | None
+) -> str:
+    if dtype != "auto":
+        return dtype
+    if device.platform != "cpu":
+        return "bfloat16"
+    # On a CPU float32 is exact and no slower, if there is room.
+    fits = parameter_bytes(config, "float32", quant) < 0.8 * available_host_bytes()
+    return "float32" if fits or quant is not None else "bfloat16"
+
+
+def _bar(num_bytes: int, label: str, options: LoadOptions) -> tqdm:
+    show = options.progress and sys.stderr.isatty()
+    return tqdm(total=num_bytes, unit="B", unit_scale=True, delay=1, desc=label, disable=not show)

@@ -1,0 +1,67 @@
+"""The flags that say which model to load and how, the same in every script that runs one."""
+
+from typing import TYPE_CHECKING, Any
+
+import _common
+from absl import flags
+
+if TYPE_CHECKING:
+    import jmoe
+
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Directory in Hugging Face format or its hub id, converted store, or Orbax checkpoint; with "
+    "--random_weights a known shape such as mixtral-8x7b. Default: the embedded model.",
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "Of arithmetic, and of weights that are not quantized. auto: bfloat16, but float32 on a CPU "
+    "with room for it.",
+)
+QUANT = flags.DEFINE_string(
+    "quant",
+    None,
+    "Formats of the weights: a preset (attn4-experts4, int8, ...; scripts/plan.py --quant=all "
+    "lists them) or component=format pairs. Default: as they are stored.",
+)
+METHOD = flags.DEFINE_enum(
+    "method", "hqq", ["hqq", "rtn"], "How to quantize; rtn (round to nearest) is faster."
+)
+HOST_MEMORY = flags.DEFINE_enum(
+    "host_memory",
+    "auto",
+    ["auto", "mmap", "ram"],
+    "Of a converted store: map its files, or read them into memory. auto: ram if there is room.",
+)
+RANDOM_WEIGHTS = flags.DEFINE_bool(
+    "random_weights", False, "Fill the shape of --model with random weights."
+)
+NUM_LAYERS = flags.DEFINE_integer(
+    "num_layers", None, "With --random_weights: instead of the shape's own.", lower_bound=1
+)
+
+
+def arguments() -> dict[str, Any]:
+    """What the flags say to ``jmoe.load``, besides the model."""
+    return {
+        "dtype": DTYPE.value,
+        "quant": QUANT.value,
+        "method": METHOD.value,
+        "host_memory": HOST_MEMORY.value,
+        "random_weights": RANDOM_WEIGHTS.value,
+        "num_layers": NUM_LAYERS.value,
+    }
+
+
+def load() -> "jmoe.LLM":
+    """Loads the model that the flags name, and says on stderr what it is."""
+    import jmoe
+
+    llm = jmoe.load(MODEL.value, **arguments(), progress=True)
+    _common.note(_common.describe(llm))
+    for line in llm.notes:
+        _common.note(line)
+    return llm
