@@ -1,0 +1,204 @@
+"""How many bytes a model takes, by component, from its configuration alone.
+
+No weights and no device are looked at. Weights are counted over ``decoder.abstract_parameters``,
+by which they are loaded too, so that the count is what will be allocated; likewise the KV cache.
+The workspace is an estimate: what a program needs beside its arguments is XLA's choice, and the
+terms below are the arrays that it keeps when it compiles Mixtral-8x7B for an H100.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+
+from jmoe.config import ModelConfig
+from jmoe.errors import RequestError
+from jmoe.models import kv_cache
+from jmoe.models.decoder import abstract_parameters
+from jmoe.models.experts import choose_form
+from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.quant.formats import DenseFormat
+from jmoe.quant.layout import ExpertLayout
+from jmoe.quant.spec import QuantSpec
+
+Component = Literal["attention", "experts", "embeddings", "head", "routers", "norms"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+
+
+class Size(NamedTuple):
+    """Weights, as the model's authors count them, and the bytes that hold them."""
+
+    num_weights: int
+    num_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales, zero points and padding included; 0 if there are no weights."""
+        return 8 * self.num_bytes / self.num_weights if self.num_weights else 0.0
+
+
+def weight_sizes(
+    config: ModelConfig, dtype: str = "bfloat16", quant: QuantSpec | None = None
+) -> dict[Component, Size]:
+    """Sizes of the weights in device memory.
+
+    Args:
+      config: the model.
+      dtype: of what is not quantized.
+      quant: formats; None is all weights in dtype.
+
+    Raises:
+      ConfigError: a group size does not divide the rows of a matrix.
+    """
+    return _sizes(config, dtype, quant, {})
+
+
+def stored_sizes(
+    config: ModelConfig, quant: QuantSpec, source_dtype: str = "bfloat16"
+) -> dict[Component, Size]:
+    """Sizes of the weights in a converted store, without the headers of its files.
+
+    Args:
+      config: the model.
+      quant: formats of the store.
+      source_dtype: of the checkpoint that was converted, in which norms and routers stay.
+
+    Raises:
+      ConfigError: a group size does not divide the rows of a matrix.
+    """
+    formats = {
+        "attention": quant.attention,
+        "embeddings": quant.embeddings,
+        "head": quant.head,
+    }
+    dense = {name: fmt.dtype for name, fmt in formats.items() if isinstance(fmt, DenseFormat)}
+    return _sizes(config, source_dtype, quant, dense)
+
+
+def total(sizes: Mapping[Component, Size]) -> Size:
+    """All components together."""
+    return Size(
+        sum(size.num_weights for size in sizes.values()),
+        sum(size.num_bytes for size in sizes.values()),
+    )
+
+
+def expert_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None) -> int:
+    """Size of one expert: of its blob, or of its three matrices in dtype if quant is None."""
+    if quant is not None:
+        return ExpertLayout.of(config.hidden_size, config.intermediate_size, quant).num_bytes
+    return 3 * config.hidden_size * config.intermediate_size * jnp.dtype(dtype).itemsize
+
+
+def cache_bytes(config: ModelConfig, dtype: str, *, batch_size: int, num_positions: int) -> int:
+    """Size of the KV cache for sequences of so many positions, prompt and new tokens.
+
+    Raises:
+      RequestError: the model's context is shorter.
+    """
+    if not 1 <= num_positions <= config.max_position_embeddings:
+        raise RequestError(
+            "the model's context has another length",
+            got=f"{num_positions} positions",
+            expected=f"from 1 to {config.max_position_embeddings}",
+        )
+    capacity = kv_cache.bucket_capacity(num_positions)
+    return kv_cache.cache_bytes(config, batch_size, capacity, dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Temporaries of the largest program of a generation on an accelerator, in bytes.
+
+    Attributes:
+      attention: scores in float32 and probabilities in dtype, of one chunk of a prompt.
+      experts: a tile of a matrix in dtype, gate and up of a block of tokens, and the outputs in
+        the order of tokens, in float32.
+      expert_rows: the outputs block by block, with their padding, in float32.
+      hidden_states: of a chunk, in dtype and in float32.
+      logits: of a decode step, in float32, and three copies of them to sample from.
+    """
+
+    attention: int
+    experts: int
+    expert_rows: int
+    hidden_states: int
+    logits: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Held at one time: attention and experts take turns, and so do prompt and decode."""
+        layer = max(self.attention, self.experts)
+        return max(layer + self.expert_rows + self.hidden_states, self.logits)
+
+
+def workspace(config: ModelConfig, dtype: str, *, batch_size: int, num_positions: int) -> Workspace:
+    """Estimates the temporaries for sequences of so many positions, prompt and new tokens.
+
+    The longest chunk of a prompt decides. A decode step needs little beside its logits, because
+    it reads weights in place.
+    """
+    item_bytes = jnp.dtype(dtype).itemsize
+    hidden, width = config.hidden_size, config.intermediate_size
+    longest = longest_chunk(config, batch_size, num_positions)
+    num_tokens = batch_size * max(prompt_chunks(num_positions, longest))
+    num_keys = kv_cache.bucket_capacity(num_positions)
+    form = choose_form(num_tokens, config, "gpu")
+    tile_bytes = min(form.tile_bytes or 0, hidden * width * item_bytes)
+    num_rows = _expert_rows(num_tokens, form.block_rows, config)
+    return Workspace(
+        attention=num_tokens * config.num_attention_heads * num_keys * (4 + item_bytes),
+        experts=tile_bytes
+        + 2 * form.block_rows * width * 4
+        + num_tokens * config.router.top_k * hidden * 4,
+        expert_rows=num_rows * hidden * 4,
+        hidden_states=num_tokens * hidden * (4 + item_bytes),
+        logits=4 * batch_size * config.vocab_size * 4,
+    )
+
+
+def _expert_rows(num_tokens: int, block_rows: int, config: ModelConfig) -> int:
+    """Rows of ``experts.plan_blocks``, and one of zeros."""
+    num_assignments = num_tokens * config.router.top_k
+    num_used = min(config.router.num_experts, num_assignments)
+    max_blocks = (num_assignments + num_used * (block_rows - 1)) // block_rows
+    return max_blocks * block_rows + 1
+
+
+def _sizes(
+    config: ModelConfig,
+    dtype: str,
+    quant: QuantSpec | None,
+    dense_dtypes: Mapping[str, str],
+) -> dict[Component, Size]:
+    """Sizes with plain arrays in dtype, but those of some components in a dtype of their own."""
+    num_weights = dict.fromkeys(COMPONENTS, 0)
+    for path, parameter in abstract_parameters(config).items():
+        num_weights[_component(path)] += math.prod(parameter.shape)
+    num_bytes = dict.fromkeys(COMPONENTS, 0)
+    for path, parameter in abstract_parameters(config, dtype, quant).items():
+        component = _component(path)
+        item_dtype = jnp.dtype(dense_dtypes.get(component, parameter.dtype))
+        num_bytes[component] += math.prod(parameter.shape) * item_dtype.itemsize
+    return {name: Size(num_weights[name], num_bytes[name]) for name in COMPONENTS}
+
+
+def _component(path: str) -> Component:
+    """Which component a parameter belongs to, by its path."""
+    names = path.split(".")
+    if names[0] == "layers":
+        names = names[2:]
+    match names[0]:
+        case "attention" | "experts":
+            return names[0]
+        case "router":
+            return "routers"
+        case "embed_tokens":
+            return "embeddings"
+        case "lm_head":
+            return "head"
+        case _:
+            assert names[-1] == "scale", path
+            return "norms"
