@@ -8,7 +8,8 @@ into arrays of the backend's own locked memory (``pinned_host``); to leave it as
 import dataclasses
 import mmap
 import os
-from collections.abc import Callable, Mapping, MutableSequence
+import weakref
+from collections.abc import Mapping, MutableSequence
 from typing import Any, Literal
 
 import jax
@@ -31,14 +32,17 @@ class PageLock:
     kind: PageLockKind
     reason: str
     pinned: tuple[jax.Array, ...] = ()
-    _unlock: Callable[[], None] | None = None
+    _locks: tuple[weakref.finalize, ...] = ()
 
     def close(self) -> None:
-        """Unlocks the memory. No transfer may be under way. A second call does nothing."""
-        unlock, self._unlock = self._unlock, None
-        self.pinned = ()
-        if unlock is not None:
+        """Unlocks the memory. No transfer may be under way. A second call does nothing.
+
+        Without it registered memory is unlocked when the last view of it goes, which a transfer
+        holds too.
+        """
+        for unlock in self._locks:
             unlock()
+        self.pinned = ()
 
 
 def lock_pages(
@@ -66,15 +70,11 @@ def lock_pages(
         return PageLock("plain", "the CPU backend reads host memory where it is")
     client = device.client
     try:
-        addresses = _map_all(layers, client)
+        locks = _map_all(layers, client)
     except Exception as error:  # of whatever type the backend or its version has
         failed = f"dma_map: {_sentence(error)}"
     else:
-        return PageLock(
-            "dma_map",
-            "registered with the driver",
-            _unlock=lambda: _unmap_all(addresses, client),
-        )
+        return PageLock("dma_map", "registered with the driver", _locks=locks)
     obstacle = _obstacle_to_moving(layers, device, may_move, spare_bytes, os.environ)
     if obstacle is not None:
         return PageLock("plain", f"{failed}; pinned_host: {obstacle}")
@@ -91,25 +91,31 @@ def lock_pages(
     return PageLock("pinned_host", f"moved into pinned_host arrays ({failed})", tuple(pinned))
 
 
-def _map_all(layers: MutableSequence[np.ndarray], client: Any) -> list[int]:
-    """Registers all arrays or none; returns their addresses, rounded to pages."""
-    addresses = []
+def _map_all(layers: MutableSequence[np.ndarray], client: Any) -> tuple[weakref.finalize, ...]:
+    """Registers all arrays or none; returns what unregisters each."""
+    locks = []
     try:
         for layer in layers:
             address = layer.ctypes.data
             first = address - address % mmap.PAGESIZE
             num_bytes = address + layer.nbytes - first
             client.dma_map(first, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-            addresses.append(first)
+            # Memory must not be freed while it is registered, and views outlive the store.
+            unlock = weakref.finalize(_owner(layer), client.dma_unmap, first)
+            unlock.atexit = False  # the process takes everything with it
+            locks.append(unlock)
     except Exception:
-        _unmap_all(addresses, client)
+        for unlock in locks:
+            unlock()
         raise
-    return addresses
+    return tuple(locks)
 
 
-def _unmap_all(addresses: list[int], client: Any) -> None:
-    for address in addresses:
-        client.dma_unmap(address)
+def _owner(array: np.ndarray) -> np.ndarray:
+    """The array that every view of this memory refers to."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _obstacle_to_moving(
@@ -145,7 +151,7 @@ def _pool_limit_bytes(environ: Mapping[str, str]) -> int:
 
 def _pinned_copy(layer: np.ndarray, device: jax.Device) -> jax.Array:
     sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-    return jax.block_until_ready(jax.device_put(layer, sharding, may_alias=False))
+    return jax.block_until_ready(jax.device_put(layer, sharding))
 
 
 def _host_view(array: jax.Array) -> np.ndarray:
