@@ -26,6 +26,7 @@ from typing import Any, Self
 from jmoe.errors import CheckpointError, ConfigError
 from jmoe.quant.solver import METHODS, Method
 from jmoe.quant.spec import QuantSpec, parse_spec
+from jmoe.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from jmoe.store.json_files import read_json_object
 from jmoe.store.safetensors_file import printable
 
@@ -242,11 +243,15 @@ def is_store(directory: Path) -> bool:
 
 def require_complete(directory: Path) -> None:
     """Raises CheckpointError if a directory is what an interrupted conversion left behind."""
-    if os.path.exists(directory / MANIFEST_NAME) and not directory.name.endswith(PARTIAL_SUFFIX):
-        return
-    if os.path.exists(directory / PROGRESS_NAME) or (
-        directory.name.endswith(PARTIAL_SUFFIX) and os.path.isdir(directory)
-    ):
+    has_manifest, has_journal, has_weights = (
+        any(os.path.exists(directory / name) for name in names)
+        for names in ((MANIFEST_NAME,), (PROGRESS_NAME,), (INDEX_NAME, SINGLE_NAME))
+    )
+    if directory.absolute().name.endswith(PARTIAL_SUFFIX):
+        interrupted = has_manifest or has_journal
+    else:
+        interrupted = has_journal and not (has_manifest or has_weights)
+    if interrupted:
         raise CheckpointError(
             "the conversion of this model was interrupted or is still under way",
             where=directory,
