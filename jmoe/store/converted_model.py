@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
 
 from jmoe.config import ModelConfig
-from jmoe.errors import CheckpointError
+from jmoe.errors import CheckpointError, ConfigError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
 from jmoe.quant.formats import DenseFormat
@@ -24,8 +25,10 @@ from jmoe.store.host_memory import FileRange
 from jmoe.store.json_files import read_config_json
 from jmoe.store.manifest import (
     BLOBS_NAME,
+    CONFIG_NAME,
     CONVERT_AGAIN,
     DATA_ALIGNMENT,
+    MANIFEST_NAME,
     PADDING_PREFIX,
     SHARED_NAME,
     TENSOR_ALIGNMENT,
@@ -86,11 +89,11 @@ class ConvertedModel:
         manifest = Manifest.read(directory)
         config_json = read_config_json(directory)
         manifest.check_config(directory)
-        config = families.config_from_json(config_json, directory / "config.json")
+        config = families.config_from_json(config_json, directory / CONFIG_NAME)
         manifest.check_files(directory, config.num_hidden_layers)
         if verify:
             manifest.check_contents(directory, on_bytes)
-        layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, manifest.quant)
+        layout, shapes = _layout_and_shapes(directory, config, manifest.quant)
         return cls(
             directory=directory,
             manifest=manifest,
@@ -101,7 +104,7 @@ class ConvertedModel:
                 _find_blobs(directory / experts_name(layer), config.router.num_experts, layout)
                 for layer in range(config.num_hidden_layers)
             ),
-            _shared=_find_shared(directory / SHARED_NAME, config, manifest.quant),
+            _shared=_find_shared(directory / SHARED_NAME, shapes, manifest.quant),
         )
 
     @property
@@ -193,6 +196,24 @@ def _range(info: TensorInfo) -> FileRange:
     return FileRange(info.file, info.offset, info.num_bytes)
 
 
+def _layout_and_shapes(
+    directory: Path, config: ModelConfig, quant: QuantSpec
+) -> tuple[ExpertLayout, dict[str, jax.ShapeDtypeStruct]]:
+    """The layout of experts, and all other parameters by path (CheckpointError)."""
+    try:
+        layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
+        parameters = abstract_parameters(config, "bfloat16", quant)
+    except ConfigError as error:  # a group that does not divide
+        raise CheckpointError(
+            f"the formats of {MANIFEST_NAME} do not fit its {CONFIG_NAME}",
+            where=directory,
+            got=error.got,
+            expected=error.expected,
+            do=CONVERT_AGAIN,
+        ) from None
+    return layout, {path: p for path, p in parameters.items() if not path.endswith(".blobs")}
+
+
 def _find_blobs(path: Path, num_experts: int, layout: ExpertLayout) -> TensorInfo:
     """The blobs of a layer, if the file holds them and nothing else (CheckpointError)."""
     tensors = read_header(path)
@@ -211,17 +232,14 @@ def _find_blobs(path: Path, num_experts: int, layout: ExpertLayout) -> TensorInf
     return info
 
 
-def _find_shared(path: Path, config: ModelConfig, quant: QuantSpec) -> dict[str, TensorInfo]:
+def _find_shared(
+    path: Path, expected: Mapping[str, jax.ShapeDtypeStruct], quant: QuantSpec
+) -> dict[str, TensorInfo]:
     """All parameters but blobs by path, if they are what the formats demand (CheckpointError)."""
     tensors = {
         name: info
         for name, info in read_header(path).items()
         if not name.startswith(PADDING_PREFIX)
-    }
-    expected = {
-        name: parameter
-        for name, parameter in abstract_parameters(config, "bfloat16", quant).items()
-        if not name.endswith(".blobs")
     }
     dtypes = {name: _dtypes(name, parameter.dtype, quant) for name, parameter in expected.items()}
     present = [tensors[name] for name in expected if name in tensors]
