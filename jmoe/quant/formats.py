@@ -95,7 +95,7 @@ class QuantFormat:
                 expected=f"a group size of at most {fitting}"
                 if fitting >= MIN_GROUP_SIZE
                 else f"rows of a multiple of {MIN_GROUP_SIZE}",
-                do="choose a smaller group, such as --quant=experts=4g32"
+                do=f"choose a smaller group, such as {self.bits}g{fitting}"
                 if fitting >= MIN_GROUP_SIZE
                 else "leave this component in bf16",
             )

@@ -51,7 +51,8 @@ def unpack(packed: UInt8[Array, "*rows bytes"], fmt: QuantFormat) -> UInt8[Array
 def _pack_fields(fields: jax.Array, bits: int, group_size: int) -> jax.Array:
     num_fields = 8 // bits
     *rows, num_columns = fields.shape
-    fields = fields.reshape(*rows, -1, num_fields, group_size // num_fields)
+    num_groups = num_columns // group_size
+    fields = fields.reshape(*rows, num_groups, num_fields, group_size // num_fields)
     packed = fields[..., 0, :]
     for i in range(1, num_fields):
         packed |= fields[..., i, :] << (i * bits)
@@ -61,7 +62,8 @@ def _pack_fields(fields: jax.Array, bits: int, group_size: int) -> jax.Array:
 def _unpack_fields(packed: jax.Array, bits: int, group_size: int) -> jax.Array:
     num_fields = 8 // bits
     *rows, num_bytes = packed.shape
-    grouped = packed.reshape(*rows, -1, 1, group_size // num_fields)
+    width = group_size // num_fields
+    grouped = packed.reshape(*rows, num_bytes // width, 1, width)
     shifts = jnp.arange(num_fields, dtype=jnp.uint8)[:, None] * jnp.uint8(bits)
     fields = (grouped >> shifts) & jnp.uint8((1 << bits) - 1)
     return fields.reshape(*rows, num_bytes * num_fields)
