@@ -51,7 +51,8 @@ def check_method(method: str) -> None:
 def quantize(w_NK: Float[Array, "*stack N K"], fmt: QuantFormat, method: Method) -> Quantized:
     """Quantizes matrices whose rows are a multiple of the group size.
 
-    Rows do not depend on each other: a matrix may be quantized in pieces. In a symmetric
+    Rows do not depend on each other: a matrix may be quantized in pieces, bit for bit, unless
+    they have but a few thousand weights (XLA adds those up in another order). In a symmetric
     format HQQ has no zero point to choose, and is round-to-nearest.
 
     Args:
