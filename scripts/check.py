@@ -1,87 +1,49 @@
-"""Reports what this machine offers jmoe, and verifies a model directory without running it.
+"""Reports what this machine offers jmoe, and verifies a model without running it.
 
 Examples:
   python scripts/check.py
   python scripts/check.py --model=path/to/Mixtral-8x7B-v0.1
   python scripts/check.py --model=jmoe/data/tiny-mixtral --deep
+  python scripts/check.py --model=path/to/converted/store --deep
   python scripts/check.py --model=path/to/model --output=json | jq .model
 
-Without --deep only headers are read, which takes a moment, whatever the size of the model. With it
-every weight is read once and searched for NaN and infinity. Exit status 2: not usable, and why.
+A model is a directory in Hugging Face format, or a store that convert.py wrote. Without --deep only
+headers are read, which takes a moment, whatever the size of the model. With it all of it is read
+once: weights are searched for NaN and infinity, files of a store are compared with their hashes.
+Exit status 2: not usable, and why.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import os
-import platform
 import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
 import _common
+import _machine
 from absl import flags
 
 if TYPE_CHECKING:
-    import jax
-
     from jmoe.store.verify import CheckpointReport
+    from jmoe.store.verify_store import StoreReport
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory or hub id to verify; none by default.")
-_DEEP = flags.DEFINE_bool("deep", False, "Also read all weights and search for NaN and infinity.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Directory, store or hub id to verify; none by default."
+)
+_DEEP = flags.DEFINE_bool(
+    "deep", False, "Also read everything: search for NaN and infinity, or verify a store's hashes."
+)
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "Form of the report on stdout.")
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 
-
-def _describe_machine() -> dict[str, Any]:
-    import jax
-
-    import jmoe
-    from jmoe.planning import memory
-
-    try:
-        devices, problem = jax.devices(), None
-    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names what is not there
-        devices, problem = [], str(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-    return {
-        "versions": {"python": platform.python_version(), "jmoe": jmoe.__version__}
-        | {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "platform": platform.platform(),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "host_memory_bytes": memory.host_memory_bytes(),
-        "available_host_bytes": memory.available_host_bytes(),
-        "devices": [
-            {"name": str(device), "kind": device.device_kind}
-            | memory.device_memory(device)._asdict()
-            for device in devices
-        ],
-        "devices_problem": problem,
-        "cuda": _cuda_status(devices),
-        "native_kernels": "none in this version, experts run through XLA",
-    }
-
-
-def _cuda_status(devices: "list[jax.Device]") -> str:
-    import jax
-
-    if any(device.platform == "gpu" for device in devices):
-        return "usable"
-    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        return "not usable: no CUDA plugin of jax (pip install 'jax[cuda12]' or 'jax[cuda13]')"
-    try:
-        jax.devices("cuda")
-    except RuntimeError as error:
-        return f"not usable: {error}"
-    return "usable, but not the default"
-
-
-def _verify(model: str) -> "CheckpointReport":
+def _verify(model: str) -> "CheckpointReport | StoreReport":
     import tqdm
 
-    from jmoe.store import hub, verify
+    from jmoe.store import hub, manifest, verify, verify_store
 
     directory = hub.resolve(model)
+    manifest.require_complete(directory)
+    is_store = manifest.is_store(directory)
+    verify_it = verify_store.verify_store if is_store else verify.verify_directory
     quiet = not (_DEEP.value and sys.stderr.isatty())
     with tqdm.tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
 
@@ -89,7 +51,7 @@ def _verify(model: str) -> "CheckpointReport":
             bar.total = total_bytes
             bar.update(done_bytes - bar.n)
 
-        return verify.verify_directory(directory, deep=_DEEP.value, progress=show)
+        return verify_it(directory, deep=_DEEP.value, progress=show)
 
 
 def _size(num_bytes: int) -> str:
@@ -123,13 +85,28 @@ def _print_model(report: "CheckpointReport") -> None:
         _print("not finite", f"{name}: {counts.num_nan} NaN, {counts.num_inf} infinite")
 
 
+def _print_store(report: "StoreReport") -> None:
+    formats = ", ".join(f"{component} {fmt}" for component, fmt in report.formats.items())
+    experts = f"{report.num_layers} x {report.num_experts} of {report.blob_bytes:,} bytes"
+    _print("model", f"{report.directory} ({report.family}, converted from {report.source})")
+    _print("formats", f"{report.quant}: {formats}; found by {report.method}")
+    _print("weights", f"{report.num_parameters:,}, {report.bits_per_parameter:.2f} bits each")
+    _print("experts", f"{experts}, {_size(report.expert_bytes)}")
+    _print("others", _size(report.shared_bytes))
+    _print("files", f"{report.num_files}, {_size(report.total_bytes)}, all as the manifest demands")
+    _print("hashes", "all right" if report.hashes_verified else "not verified (add --deep)")
+
+
 def _print(label: str, text: str) -> None:
     indents = f"{label:16}", " " * 16
     print(textwrap.TextWrapper(100, *indents, break_long_words=False).fill(text))
 
 
 def main() -> None:
-    machine = _describe_machine()
+    from jmoe.store.verify import CheckpointReport
+    from jmoe.store.verify_store import StoreReport
+
+    machine = _machine.describe()
     if _OUTPUT.value == "text":
         _print_machine(machine)
     report = None if _MODEL.value is None else _verify(_MODEL.value)
@@ -138,8 +115,11 @@ def main() -> None:
         _common.print_json({"machine": machine, "model": model})
     elif report:
         print()
-        _print_model(report)
-    if report and report.non_finite:
+        if isinstance(report, StoreReport):
+            _print_store(report)
+        else:
+            _print_model(report)
+    if isinstance(report, CheckpointReport) and report.non_finite:
         what = f"tensors that hold NaN or infinity: {len(report.non_finite)}"
         _common.fail(f"{what}\n  in {report.directory}\n  do: download the weights again")
 
