@@ -12,9 +12,13 @@ from jmoe.models.decoder import abstract_parameters
 from jmoe.models.random_weights import random_blobs
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import parse_spec
+from jmoe.store.convert import Conversion
 from jmoe.store.converted_model import ConvertedModel
 from jmoe.store.expert_store import ExpertStore
-from tests.store.small_stores import write_store
+from jmoe.store.quantize import quantized_parameters
+from jmoe.store.source import RandomSource
+from tests.models.configs import mixtral_json
+from tests.store.small_stores import CONFIG_CHANGES, write_store
 
 _QUANTS = [
     "attn4-experts4",
@@ -141,6 +145,21 @@ def test_a_store_of_arrays_in_memory_is_as_good():
     assert (store.num_layers, store.num_experts) == (2, 3)
     assert store.layer(1).ctypes.data == blobs[1].ctypes.data
     assert store.lock_pages(jax.devices("cpu")[0]) is store.lock_pages(jax.devices("cpu")[0])
+
+
+@pytest.mark.parametrize("quant", ["attn4-experts3", "bf16"])
+def test_a_converted_model_is_what_quantizing_while_loading_makes(quant: str, tmp_path: Path):
+    source = RandomSource(mixtral_json(**CONFIG_CHANGES), "a test", seed=3)
+    Conversion(source, tmp_path / "store", parse_spec(quant), method="rtn").run()
+    model = ConvertedModel.open(tmp_path / "store", verify=True)
+    assert model.config == source.config
+    assert (str(model.quant), model.method) == (quant, "rtn")
+    expected = list(quantized_parameters(source, "float32", model.quant, "rtn"))
+    with model.open_experts("mmap") as store:
+        found = list(model.parameters(store, "float32"))
+    for array, other in zip(found, expected, strict=True):
+        assert array.dtype == other.dtype
+        np.testing.assert_array_equal(_as_float32(array), _as_float32(other))
 
 
 def test_tied_embeddings_and_side_files(tmp_path: Path):
