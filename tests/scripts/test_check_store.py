@@ -22,7 +22,7 @@ def test_a_sound_store(store: Path):
     text = " ".join(result.stdout.decode().split())
     assert "attn4-experts3: attention 4g64, experts 3g32, experts_down 4g64" in text
     assert "found by rtn" in text
-    assert "experts 2 x 4 of 15,616 bytes, 0.1 MiB" in text
+    assert "experts 2 x 4 of 16,640 bytes, 0.1 MiB" in text
     assert "all right" in text
     assert result.stderr == b""
 
