@@ -31,13 +31,16 @@ _SMALL_FILES = (
 _REPO_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
-def resolve(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+def resolve(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None, config_only: bool = False
+) -> Path:
     """Finds the directory of a model, and downloads the model if it has none.
 
     Args:
       path_or_id: a directory, or the id of a model on the hub. Whatever exists on this disk or
         looks like a path is a path, and so is every object that is not a string.
       revision: branch, tag or commit of a model on the hub; main by default.
+      config_only: of a model on the hub ask for config.json alone.
 
     Returns:
       An existing directory. Its contents are not validated here.
@@ -64,7 +67,7 @@ def resolve(path_or_id: str | os.PathLike[str], *, revision: str | None = None) 
             do="name a model directory, or a model on the hub like mistralai/Mixtral-8x7B-v0.1",
         )
     try:
-        return _download(name, revision or "main")
+        return _download(name, revision or "main", config_only)
     except CheckpointError:
         raise
     # Its errors include those of whichever HTTP client the installed version uses.
@@ -89,11 +92,13 @@ def _expand(name: str) -> Path:
         return Path(name)
 
 
-def _download(repo_id: str, revision: str) -> Path:
+def _download(repo_id: str, revision: str, config_only: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     directory = Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent
+    if config_only:
+        return directory
     # From here on the commit, so that all files are of one version; a cached one needs no network.
     commit = directory.name
     try:

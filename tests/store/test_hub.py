@@ -193,6 +193,12 @@ def test_only_the_files_that_are_read_are_asked_for(monkeypatch, snapshot: Path)
     ]
 
 
+def test_the_configuration_alone(monkeypatch, snapshot: Path):
+    fake = _patch(monkeypatch, snapshot, [*_SETTINGS, INDEX_NAME])
+    assert hub.resolve("org/name", config_only=True) == snapshot
+    assert fake.asked == [("config.json", "main")]
+
+
 def test_a_model_without_an_index_is_one_file(monkeypatch, snapshot: Path):
     (snapshot / "model.safetensors").touch()
     fake = _patch(monkeypatch, snapshot, _SETTINGS)
