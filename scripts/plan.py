@@ -1,0 +1,97 @@
+"""Says how many bytes a model takes, by component, and how much of it fits into a device's memory.
+
+From its configuration alone: reads no weights and needs no device. --quant=all compares the
+presets. Text or one JSON object goes to stdout.
+
+Examples:
+  python scripts/plan.py --model=mixtral-8x7b --quant=attn4-experts4 --device_memory_gib=16
+  python scripts/plan.py --model=mixtral-8x7b --quant=all --device_memory_gib=12
+  python scripts/plan.py --model=mixtral-8x22b --quant=attention=4g64,experts=3g32 --batch=4
+  python scripts/plan.py --model=path/to/model --context=32768 --output=json | jq .components
+"""
+
+import _common
+from absl import flags
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Known model (mixtral-8x7b, mixtral-8x22b), directory, converted store, config.json, or hub "
+    "id, of which only config.json is downloaded. Default: the embedded model.",
+)
+_QUANT = flags.DEFINE_string(
+    "quant",
+    None,
+    "Formats of the weights: a preset, component=format pairs, or all: every preset, one line "
+    "each. Default: those of a store, else all in --dtype.",
+)
+_DEVICE_MEMORY_GIB = flags.DEFINE_float(
+    "device_memory_gib", None, "Device memory to use, in GiB.", lower_bound=0.0
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 4096, "Positions of a sequence, prompt and new tokens; at most the model's context."
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Sequences at once.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "Of arithmetic, KV cache, and weights that are not quantized.",
+)
+_NUM_LAYERS = flags.DEFINE_integer(
+    "num_layers", None, "Instead of the model's own number.", lower_bound=1
+)
+_OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
+
+
+def main() -> None:
+    from _plan import report
+
+    from jmoe.errors import ConfigError
+    from jmoe.loading import EMBEDDED_MODEL
+    from jmoe.planning.model_shape import read_model_shape
+    from jmoe.quant.spec import PRESETS, parse_spec
+    from jmoe.store.manifest import check_quant
+
+    config, manifest = read_model_shape(
+        _MODEL.value or EMBEDDED_MODEL, num_layers=_NUM_LAYERS.value
+    )
+    num_positions = _CONTEXT.value
+    if not flags.FLAGS["context"].present:
+        num_positions = min(num_positions, config.max_position_embeddings)
+    setting = report.Setting(
+        model=_MODEL.value or "tiny-mixtral (embedded)",
+        config=config,
+        dtype=_DTYPE.value,
+        batch_size=_BATCH.value,
+        num_positions=num_positions,
+        device_memory_gib=_DEVICE_MEMORY_GIB.value,
+    )
+    plans = []
+    if _QUANT.value == "all":
+        for name, quant in PRESETS.items():
+            try:
+                plans.append(setting.plan(name, quant))
+            except ConfigError as error:
+                _common.note(f"{name} is not possible: {error.what} ({error.got})")
+    else:
+        quant = None if _QUANT.value is None else parse_spec(_QUANT.value)
+        if manifest is not None:
+            check_quant(manifest, _QUANT.value)
+            quant = manifest.quant
+        plans.append(setting.plan(str(quant or "unquantized"), quant))
+
+    if _OUTPUT.value == "json":
+        value = setting.to_json()
+        plan_json = [plan.to_json() for plan in plans]
+        _common.print_json(
+            value | ({"plans": plan_json} if _QUANT.value == "all" else plan_json[0])
+        )
+    elif _QUANT.value == "all":
+        print(f"{setting}\n\n{report.comparison(plans)}")
+    else:
+        print(f"{setting}; {plans[0].quant_name}\n\n{plans[0]}")
+
+
+if __name__ == "__main__":
+    _common.run(main)
