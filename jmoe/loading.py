@@ -185,13 +185,18 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
         _check_size(config, dtype, quant, device)
 
     def build() -> tuple[ResidentEngine, tuple[str, ...]]:
-        with _bar(model.expert_bytes + model.shared_bytes, "loading", options) as bar:
+        with _bar(model.shared_bytes, "loading", options) as bar:
+            if options.host_memory != "mmap":
+                bar.total += model.expert_bytes
             store = model.open_experts(
                 options.host_memory, bar.update, available_bytes=available_host_bytes()
             )
             lock = store.lock_pages(device)
             parameters = model.parameters(store, dtype, bar.update)
             engine = ResidentEngine(config, parameters, dtype, device, quant)
+            if device.platform != "cpu":  # which computes from the store's own memory
+                jax.block_until_ready(engine.parameters)
+                store.close()
         return engine, (
             f"experts in host memory: {store.memory} ({store.memory_reason}); "
             f"pages: {lock.kind} ({lock.reason})",
