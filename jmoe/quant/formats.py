@@ -141,7 +141,7 @@ def parse_format(text: str) -> Format:
     for dense in (BF16, F32):
         if text == str(dense):
             return dense
-    match = re.fullmatch(r"(\d{1,3})g(\d{1,6})(s?)(f?)", text)
+    match = re.fullmatch(r"([0-9]{1,3})g([0-9]{1,6})(s?)(f?)", text)
     if match is None:
         raise ConfigError(
             "unknown number format",

@@ -7,13 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.quant.formats import Format, QuantFormat, parse_format
-from jmoe.quant.layout import ExpertLayout
+from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import QuantArray, dequantize
 from jmoe.quant.solver import Method, Quantized, quantize
 
+
+def quant_format(text: str) -> QuantFormat:
+    fmt = parse_format(text)
+    assert isinstance(fmt, QuantFormat)
+    return fmt
+
+
 # Every number of bits with the smallest, the usual and the largest group, nested and flat.
 FORMATS = [
-    parse_format(f"{bits}g{size}{flat}")
+    quant_format(f"{bits}g{size}{flat}")
     for bits in (8, 4, 3, 2)
     for size in (16, 64, 256)
     for flat in ("", "f")
@@ -22,7 +29,7 @@ FORMATS = [
     (3, 128, "s"), (3, 16, "sf"), (2, 16, "s"), (2, 64, "sf"),
 ]]  # fmt: skip
 
-HQQ_FORMATS = [parse_format(text) for text in ("8g64", "4g64", "3g16", "2g16", "2g256", "4g16f")]
+HQQ_FORMATS = [quant_format(text) for text in ("8g64", "4g64", "3g16", "2g16", "2g256", "4g16f")]
 
 # One shape for all weights: a program is compiled once per shape and format.
 STACK, ROWS, COLUMNS = 2, 14, 512
@@ -142,9 +149,9 @@ def by_group(values: np.ndarray, fmt: QuantFormat) -> np.ndarray:
     return values.reshape(*values.shape[:-1], -1, fmt.group_size)
 
 
-def nmse(got: np.ndarray, expected: np.ndarray) -> float:
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return float(np.sum((got - expected) ** 2) / np.sum(expected**2))
+def nmse(got: np.ndarray | jax.Array, expected: np.ndarray) -> float:
+    error = np.asarray(got, np.float64) - expected
+    return float(np.sum(error**2) / np.sum(np.square(expected, dtype=np.float64)))
 
 
 def random_expert_blobs(
@@ -155,8 +162,6 @@ def random_expert_blobs(
     Returns:
       [num_experts, num_items], and by matrix [num_experts, outputs, inputs] in float64.
     """
-    from jmoe.quant.layout import MATRICES, aligned_empty
-
     generator = np.random.default_rng(seed)
     blobs = aligned_empty((num_experts, layout.num_bytes), np.uint8)
     blobs[:] = 0xFF  # what lies between the parts must not matter

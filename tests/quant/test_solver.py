@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmoe.errors import ConfigError
-from jmoe.quant.formats import parse_format
 from jmoe.quant.quant_array import validate
 from jmoe.quant.solver import METHODS, check_method, quantize
 from tests.quant import cases
+from tests.quant.cases import quant_format
 
 # Float32 arithmetic of the solver, in steps of the stored scale.
 ROUNDING = 1e-3
@@ -65,7 +65,7 @@ def test_errors_of_special_weights_are_bounded(method, fmt):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([("rtn", cases.FORMATS[6]), ("rtn", parse_format("4g32s"))])
+    st.sampled_from([("rtn", cases.FORMATS[6]), ("rtn", quant_format("4g32s"))])
     | st.sampled_from([("hqq", fmt) for fmt in cases.HQQ_FORMATS[:3]]),
     st.integers(0, 2**32 - 1),
     st.floats(-25, 25),
@@ -89,7 +89,7 @@ def test_errors_of_any_weights_are_bounded(method_and_format, seed, log_size, sh
 
 @pytest.mark.parametrize("text", ["4g64", "2g16", "8g64sf"])
 def test_zero_stays_zero_and_a_constant_is_kept(text):
-    fmt = parse_format(text)
+    fmt = quant_format(text)
     names = list(cases.special_rows(np.random.default_rng(0)))
     for method in METHODS if fmt in cases.HQQ_FORMATS else METHODS[:1]:
         array, _ = cases.quantized_special(fmt, method)
@@ -106,14 +106,14 @@ def test_zero_stays_zero_and_a_constant_is_kept(text):
 def test_weights_that_are_not_numbers_are_reported(bad, method):
     w = cases.special_weights().copy()
     w[1, 3, 17] = bad
-    assert not bool(quantize(jnp.asarray(w), parse_format("4g64"), method).finite)
+    assert not bool(quantize(jnp.asarray(w), quant_format("4g64"), method).finite)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("text", ["4g64", "3g16"])
 def test_rows_do_not_depend_on_each_other(method, text):
     """Quantized in pieces or in another order, rows have the same bits."""
-    fmt = parse_format(text)
+    fmt = quant_format(text)
     whole = cases.quantized_special(fmt, method).array.parts()
     w = cases.special_weights()
     pieces = [quantize(jnp.asarray(w[:, first : first + 7]), fmt, method) for first in (0, 7)]
@@ -127,7 +127,7 @@ def test_rows_do_not_depend_on_each_other(method, text):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_alone_is_quantized_as_well_as_among_others(method):
     """Of a few thousand weights XLA makes other code, and HQQ's sums may round otherwise."""
-    fmt = parse_format("4g64")
+    fmt = quant_format("4g64")
     w = cases.special_weights()
     together = cases.reference_dequantize(cases.quantized_special(fmt, method).array)
     for row in range(cases.ROWS):
@@ -141,7 +141,7 @@ def test_a_row_alone_is_quantized_as_well_as_among_others(method):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_are_quantized_as_their_float32_values(dtype):
-    fmt = parse_format("4g64")
+    fmt = quant_format("4g64")
     normal = np.random.default_rng(0).normal(size=cases.special_weights().shape)
     narrow = jnp.asarray(normal, dtype)
     array, _ = quantize(narrow, fmt, "rtn")
@@ -156,7 +156,7 @@ def test_hqq_is_nowhere_worse_than_round_to_nearest_by_its_own_measure(bits):
 
     Rows of one group each, so that no second-level rounding comes between.
     """
-    fmt = parse_format(f"{bits}g64")
+    fmt = quant_format(f"{bits}g64")
     generator = np.random.default_rng(bits)
     w = generator.standard_t(4, (512, 64)).astype(np.float32)
     w[:8] *= np.float32(1e-3)
@@ -173,7 +173,7 @@ def test_hqq_is_nowhere_worse_than_round_to_nearest_by_its_own_measure(bits):
 
 
 def test_symmetric_formats_leave_hqq_nothing_to_choose():
-    fmt = parse_format("4g32s")
+    fmt = quant_format("4g32s")
     w = jnp.asarray(cases.special_weights())
     rtn, hqq = (quantize(w, fmt, method).array.parts() for method in METHODS)
     for name, part in rtn.items():
@@ -182,7 +182,7 @@ def test_symmetric_formats_leave_hqq_nothing_to_choose():
 
 def test_odd_rows_and_unknown_methods_are_refused():
     with pytest.raises(ConfigError, match="does not divide the rows"):
-        quantize(jnp.zeros((4, 100)), parse_format("4g64"), "rtn")
+        quantize(jnp.zeros((4, 100)), quant_format("4g64"), "rtn")
     with pytest.raises(ConfigError, match="unknown quantization method"):
         check_method("gptq")
     for method in METHODS:
