@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jmoe.engines.evaluation import Window
 from jmoe.engines.resident import ResidentEngine
 from jmoe.store.tokenizer import Tokenizer
 from tests.equivalence import measures, running
-from tests.equivalence.measures import Window
 
 # 1,000 predictions: four windows of 250.
 TOP1_WINDOW = 250

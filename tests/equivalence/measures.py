@@ -1,11 +1,11 @@
 """What is compared, and how differences are expressed; used by the tests and the report."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from jmoe.api import EMBEDDED_MODEL
+from jmoe.engines.evaluation import Logits, Window, cut_windows, evaluate
 from jmoe.store.tokenizer import Tokenizer
 
 PROMPT_LENGTHS = (1, 7, 64, 300)
@@ -43,37 +43,19 @@ def nmse(got_LV: np.ndarray, reference_LV: np.ndarray) -> np.ndarray:
     return np.sum(error_LV**2, axis=-1) / np.sum(reference_LV**2, axis=-1)
 
 
-def log_probabilities(logits_LV: np.ndarray, targets_L: Sequence[int]) -> np.ndarray:
-    """Log-probability of each position's target, float64 [L]."""
-    logits_LV = logits_LV.astype(np.float64)
-    logits_LV -= logits_LV.max(axis=-1, keepdims=True)
-    chosen_L = logits_LV[np.arange(len(targets_L)), np.asarray(targets_L)]
-    return chosen_L - np.log(np.sum(np.exp(logits_LV), axis=-1))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Window:
-    """A piece of text that is scored on its own, after a begin-of-text token."""
-
-    token_ids: list[int]  # begin-of-text, then all targets but the last
-    targets: list[int]
-
-
 def eval_text() -> str:
     return (EMBEDDED_MODEL / "eval.txt").read_text(encoding="utf-8")
 
 
 def eval_windows(tokenizer: Tokenizer, size: int, count: int | None = None) -> list[Window]:
     """Cuts the held-out text of the embedded model into windows of so many predictions."""
-    begin, *token_ids = tokenizer.encode(eval_text())
-    pieces = [token_ids[i : i + size] for i in range(0, len(token_ids) - size + 1, size)]
-    return [Window([begin, *piece[:-1]], piece) for piece in pieces[:count]]
+    token_ids = tokenizer.encode(eval_text())
+    return cut_windows(token_ids, size, bos_token_id=tokenizer.bos_token_id, max_windows=count)
 
 
-def perplexity(logits: Callable[[Sequence[int]], np.ndarray], windows: Sequence[Window]) -> float:
+def perplexity(logits: Logits, windows: Sequence[Window]) -> float:
     """exp of the mean negative log-probability over all predictions."""
-    log_probs = [log_probabilities(logits(w.token_ids), w.targets) for w in windows]
-    return float(np.exp(-np.mean(np.concatenate(log_probs))))
+    return evaluate(logits, windows).perplexity
 
 
 def top1_agreement(got: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> tuple[int, int]:
