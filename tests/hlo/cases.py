@@ -1,0 +1,250 @@
+"""What is compiled for the H100: parts and programs of Mixtral-8x7B, at its real sizes.
+
+Limits are what was measured with jax 0.11.2 and 0.12.0.1 (docs/measurements/h100-hlo.md) and
+a little more.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jmoe.config import ModelConfig
+from jmoe.engines.programs import DecodeState, decode_step, prefill_chunk
+from jmoe.generation.sampling import SamplingKind, SamplingValues
+from jmoe.models import families
+from jmoe.models.decoder import abstract_parameters
+from jmoe.models.experts import Experts, choose_form
+from jmoe.models.kv_cache import cache_bytes, init_cache
+from jmoe.models.linear import ACCELERATOR_TILE_BYTES, linear
+from jmoe.models.router import Routing
+from jmoe.models.weights import QuantWeight
+from jmoe.quant.formats import QuantFormat
+from jmoe.quant.matmul import MAX_REDUCE_ROWS
+from jmoe.quant.spec import QuantSpec, parse_spec
+from tests.hlo import h100
+
+CONFIG_FILE = Path(__file__).parents[2] / "configs/models/mixtral-8x7b.json"
+NUM_LAYERS = 2
+CACHE_CAPACITY = 4096
+TOKENS = (1, 2, 4, 16, 64)
+MANY = 64
+TILE_MIB = ACCELERATOR_TILE_BYTES / 2**20
+DTYPE = "bfloat16"
+
+
+def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+    """Stands for an array among the arguments of a program."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@functools.cache
+def mixtral_8x7b() -> ModelConfig:
+    """Two layers of it."""
+    raw = json.loads(CONFIG_FILE.read_text()) | {"num_hidden_layers": NUM_LAYERS}
+    return families.config_from_json(raw, CONFIG_FILE)
+
+
+def experts(quant: QuantSpec | None, num_tokens: int) -> jax.stages.Lowered:
+    """A layer's experts, in the form that is chosen for so many tokens on a GPU."""
+    config = mixtral_8x7b()
+    form = choose_form(num_tokens, config, "gpu")
+    graphdef, state = nnx.split(Experts(config, DTYPE, quant))
+    leaves, structure = jax.tree.flatten(state)
+
+    def program(leaves, x_TD, routing, valid_T):
+        module = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        return module(x_TD, routing, valid_T, form)
+
+    routed = (num_tokens, config.router.top_k)
+    routing = Routing(
+        weights_TK=shape(routed, jnp.float32),
+        expert_ids_TK=shape(routed, jnp.int32),
+        probs_TE=shape((num_tokens, config.router.num_experts), jnp.float32),
+    )
+    x_TD = shape((num_tokens, config.hidden_size), jnp.dtype(DTYPE))
+    return jax.jit(program).lower(
+        *h100.abstract((leaves, x_TD, routing, shape((num_tokens,), jnp.bool_)))
+    )
+
+
+def product(fmt: QuantFormat, num_outputs: int, num_tokens: int) -> jax.stages.Lowered:
+    """A product with one quantized matrix: a projection of attention, or the head."""
+    num_inputs = mixtral_8x7b().hidden_size
+    graphdef, state = nnx.split(QuantWeight((num_outputs, num_inputs), fmt))
+    leaves, structure = jax.tree.flatten(state)
+
+    def program(leaves, x):
+        return linear(x, nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))[...])
+
+    x = shape((num_tokens, num_inputs), jnp.dtype(DTYPE))
+    return jax.jit(program).lower(*h100.abstract((leaves, x)))
+
+
+def decode(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
+    """A step of the resident engine, greedy."""
+    parameters, cache, vector = _model(quant, batch_size)
+    state = DecodeState(cache, vector(jnp.int32), vector(jnp.int32), None)
+    scalar = shape((), jnp.float32)
+    values = SamplingValues(scalar, shape((), jnp.int32), scalar, scalar, scalar)
+    args = (parameters, state, vector(jnp.bool_), shape((2,), jnp.uint32), values)
+    config = mixtral_8x7b()
+    return decode_step.lower(
+        *h100.abstract(args),
+        config=config,
+        dtype=DTYPE,
+        quant=quant,
+        form=choose_form(batch_size, config, "gpu"),
+        kind=SamplingKind(greedy=True, truncated=False, penalized=False),
+    )
+
+
+def prefill(quant: QuantSpec, num_positions: int) -> jax.stages.Lowered:
+    """A chunk of one prompt."""
+    parameters, cache, vector = _model(quant, 1)
+    config = mixtral_8x7b()
+    hidden_BD = shape((1, config.hidden_size), jnp.dtype(DTYPE))
+    token_ids_BL, start = shape((1, num_positions), jnp.int32), shape((), jnp.int32)
+    args = (parameters, cache, hidden_BD, token_ids_BL, start, vector(jnp.int32))
+    return prefill_chunk.lower(
+        *h100.abstract(args),
+        config=config,
+        dtype=DTYPE,
+        quant=quant,
+        form=choose_form(num_positions, config, "gpu"),
+    )
+
+
+def _model(quant: QuantSpec, batch_size: int):
+    """Shapes of parameters and cache, and a maker of shapes of one item per sequence."""
+    config = mixtral_8x7b()
+    parameters = tuple(abstract_parameters(config, DTYPE, quant).values())
+    cache = jax.eval_shape(lambda: init_cache(config, batch_size, CACHE_CAPACITY, DTYPE))
+    return parameters, cache, lambda dtype: shape((batch_size,), dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A program, and what it may use of the device's memory.
+
+    Attributes:
+      lower: makes it.
+      temp_mib: scratch memory of the program, at most.
+      float_mib: size of the largest array of floats that it writes, at most.
+      codes_mib: the same for bytes, in which codes and scales are stored.
+      donated_bytes: arguments that its results take over, at least.
+      host_loops: loops that stop for the host at every iteration, at most.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    temp_mib: float
+    float_mib: float = 0.5
+    codes_mib: float = 0.5
+    donated_bytes: int = 0
+    host_loops: int = 0
+
+
+def _experts() -> Iterator[tuple[str, Case]]:
+    # Few tokens: no weight is written, neither dequantized nor as it is. For 16 tokens, their
+    # outputs are, and scales; int8 has scales of two bytes each, which XLA always copies out of
+    # the blobs: 1.75 MiB for a matrix of 56.
+    few = {
+        "int4": {1: 1.5, 2: 1.0, 4: 1.0, 16: 8.0},
+        "int8": {1: 11.0, 2: 6.0, 4: 6.0, 16: 7.0},
+        "attn4-experts3": {1: 1.5},
+        "attn4-experts2": {1: 3.5},
+        "bf16": {1: 0.5, 16: 2.0},
+    }
+    # Many: a tile of one matrix is.
+    many = {
+        "int4": 37.0,
+        "int8": 37.0,
+        "attn4-experts3": 37.5,
+        "attn4-experts2": 37.0,
+        "bf16": 37.0,
+    }
+    for name, limits in few.items():
+        for num_tokens, temp_mib in limits.items():
+            yield (
+                f"experts {name}, {num_tokens} tokens",
+                Case(
+                    lower=functools.partial(experts, parse_spec(name), num_tokens),
+                    temp_mib=temp_mib,
+                    float_mib=0.25 if num_tokens <= MAX_REDUCE_ROWS else 1.0,
+                    codes_mib=2.0 if name == "int8" else 1.0,
+                    host_loops=int(num_tokens > MAX_REDUCE_ROWS),  # over blocks of tokens
+                ),
+            )
+        yield (
+            f"experts {name}, {MANY} tokens",
+            Case(
+                lower=functools.partial(experts, parse_spec(name), MANY),
+                temp_mib=many[name],
+                float_mib=TILE_MIB,
+                codes_mib=2.0,
+                host_loops=1,
+            ),
+        )
+
+
+def _products() -> Iterator[tuple[str, Case]]:
+    config = mixtral_8x7b()
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    key_size = config.num_key_value_heads * config.head_dim
+    int4, int8 = parse_spec("int4"), parse_spec("int8")
+    # With fewer outputs than the GPU has places for threads, XLA writes partial sums.
+    matrices = [
+        ("query, 4 bits", int4.attention, hidden, TOKENS, 0.5),
+        ("query, 8 bits", int8.attention, hidden, TOKENS, 0.5),
+        ("head, 8 bits", int8.head, vocabulary, TOKENS, 1.0),
+        ("key, 4 bits", int4.attention, key_size, (1, MANY), 2.5),
+        ("query, 3 bits", parse_spec("attn3-experts3").attention, hidden, (1, MANY), 2.5),
+        ("query, 2 bits", parse_spec("attn2-experts2").attention, hidden, (1, MANY), 4.5),
+    ]
+    for name, fmt, num_outputs, tokens, partial_mib in matrices:
+        assert isinstance(fmt, QuantFormat)
+        for num_tokens in tokens:
+            tiled = num_tokens > MAX_REDUCE_ROWS
+            yield (
+                f"{name}, {num_tokens} tokens",
+                Case(
+                    lower=functools.partial(product, fmt, num_outputs, num_tokens),
+                    temp_mib=TILE_MIB + num_tokens / 8 + 0.5 if tiled else partial_mib,
+                    float_mib=TILE_MIB if tiled else partial_mib,
+                ),
+            )
+
+
+def _programs() -> Iterator[tuple[str, Case]]:
+    quant = parse_spec("attn4-experts4")
+    sequence_bytes = cache_bytes(mixtral_8x7b(), 1, CACHE_CAPACITY, DTYPE)
+    for batch_size, temp_mib, float_mib in ((1, 5.0, 2.5), (4, 17.0, 2.5), (MANY, 60.0, TILE_MIB)):
+        yield (
+            f"decode_step, {batch_size} sequences",
+            Case(
+                lower=functools.partial(decode, quant, batch_size),
+                temp_mib=temp_mib,
+                float_mib=float_mib,
+                donated_bytes=batch_size * sequence_bytes,
+                host_loops=NUM_LAYERS * (batch_size > MAX_REDUCE_ROWS),
+            ),
+        )
+    yield (
+        f"prefill_chunk, {MANY} positions",
+        Case(
+            lower=functools.partial(prefill, quant, MANY),
+            temp_mib=60.0,
+            float_mib=TILE_MIB,
+            donated_bytes=sequence_bytes,
+            host_loops=NUM_LAYERS,
+        ),
+    )
+
+
+CASES: dict[str, Case] = dict([*_experts(), *_products(), *_programs()])
