@@ -10,6 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(
-    ["jmoe.models", "jmoe.generation.sampling", "jmoe.engines.programs"],
+    ["jmoe.quant", "jmoe.models", "jmoe.generation.sampling", "jmoe.engines.programs"],
     "tests.shape_checks.check",
 )

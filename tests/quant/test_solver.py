@@ -131,11 +131,11 @@ def test_a_row_alone_is_quantized_as_well_as_among_others(method):
     w = cases.special_weights()
     together = cases.reference_dequantize(cases.quantized_special(fmt, method).array)
     for row in range(cases.ROWS):
-        alone = cases.reference_dequantize(quantize(jnp.asarray(w[1, row]), fmt, method).array)
+        alone = cases.reference_dequantize(quantize(jnp.asarray(w[1, [row]]), fmt, method).array)
         if method == "rtn":
-            np.testing.assert_array_equal(alone, together[1, row])
+            np.testing.assert_array_equal(alone, together[1, [row]])
         else:
-            errors = [np.sum((back - w[1, row]) ** 2) for back in (alone, together[1, row])]
+            errors = [np.sum((back - w[1, [row]]) ** 2) for back in (alone, together[1, [row]])]
             assert errors[0] == pytest.approx(errors[1], rel=0.05, abs=1e-30)
 
 
