@@ -1,0 +1,1 @@
+"""What eval.py reads, compares and prints."""
