@@ -1,5 +1,7 @@
 """Both forms of the experts against a plain loop, and the layout of blocks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from jmoe.models.experts import ExpertForm, Experts, choose_form, combine, plan_blocks
 from jmoe.models.linear import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES
 from jmoe.models.router import Routing
+from jmoe.quant.spec import parse_spec
 from tests.models.configs import small_config
+from tests.quant.cases import nmse, random_expert_blobs
 
 # A row of these weights has 128 or 192 bytes: tiles of 16 rows, and of one.
 FORMS = [
@@ -24,7 +28,13 @@ FORMS = [
 
 def reference(experts: Experts, x_TD: np.ndarray, routing: Routing) -> np.ndarray:
     """Token by token and expert by expert, in float64."""
-    w1, w3, w2 = (np.asarray(w[...], np.float64) for w in (experts.w1, experts.w3, experts.w2))
+    weights = {"w1": experts.w1, "w3": experts.w3, "w2": experts.w2}
+    weights = {name: np.asarray(w[...], np.float64) for name, w in weights.items()}
+    return reference_of(weights, x_TD, routing)
+
+
+def reference_of(weights: dict[str, np.ndarray], x_TD: np.ndarray, routing: Routing) -> np.ndarray:
+    w1, w3, w2 = weights["w1"], weights["w3"], weights["w2"]
     out = np.zeros(x_TD.shape)
     for t, x in enumerate(np.asarray(x_TD, np.float64)):
         for k, e in enumerate(np.asarray(routing.expert_ids_TK)[t]):
@@ -60,6 +70,44 @@ def test_every_form_equals_a_loop_over_tokens(form, num_tokens, top_k):
     expected = reference(experts, np.asarray(x_TD), routing)
     error = np.sum((np.asarray(out) - expected) ** 2) / np.sum(expected**2)
     assert error < 1e-12
+
+
+BLOB_SPECS = (
+    "bf16",
+    "f32",
+    "experts=8g16sf",
+    "experts=4g16",
+    "experts=2g16",
+    "experts=3g16,experts_down=4g16f",
+)
+BLOB_FORMS = [
+    ExpertForm("reduce"),
+    ExpertForm("blocks", 4),
+    ExpertForm("blocks", 4, 2048),
+    ExpertForm("blocks", 4, None, True),
+]
+# Of float32 sums; dense blobs and their weights are exact in both.
+MAX_BLOB_NMSE = 1e-11
+
+
+@pytest.mark.parametrize("form", BLOB_FORMS, ids=str)
+@pytest.mark.parametrize("text", BLOB_SPECS)
+def test_experts_in_blobs_equal_their_dequantized_weights(text, form):
+    spec = parse_spec(text)
+    num_tokens = 4 if form.kind == "reduce" else 11
+    _, x_TD, routing = make(num_tokens, 2)
+    experts = Experts(small_config(), "float32", spec)
+    assert experts.layout is not None
+    blobs, weights = random_expert_blobs(experts.layout, 4)
+    experts.blobs = nnx.Param(jnp.asarray(blobs))
+    out = run_experts(nnx.split(experts), x_TD, routing, form)
+    expected = reference_of(weights, np.asarray(x_TD), routing)
+    assert nmse(out, expected) < MAX_BLOB_NMSE
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def run_experts(parts, x_TD, routing, form):
+    return nnx.merge(*parts)(x_TD, routing, jnp.ones(len(x_TD), bool), form)
 
 
 def test_padding_changes_nothing_for_real_tokens():
