@@ -1,0 +1,1 @@
+"""What quality.py measures and writes."""
