@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.quant.packing import planes
-from jmoe.quant.quant_array import QuantArray, dequantize, scales_and_zeros
+from jmoe.quant.packing import planes, unpack
+from jmoe.quant.quant_array import QuantArray, scales_and_zeros
 
 MAX_REDUCE_ROWS = 4
 
@@ -46,7 +46,39 @@ def dot(x: Float[Array, "*rows K"], w_NK: Float[Array, "N K"]) -> Float[Array, "
 
 def dequantized_product(x_RK: Float[Array, "R K"], w: QuantArray) -> Float[Array, "R N"]:
     """x @ w.T through a copy of w in the dtype of x."""
-    return dot(x_RK, dequantize(w).astype(x_RK.dtype))
+    if w.format.bits in (2, 4):
+        return lax.platform_dependent(x_RK, w, cpu=_in_order, default=_in_byte_order)
+    return _in_order(x_RK, w)
+
+
+def _in_order(x_RK: jax.Array, w: QuantArray) -> jax.Array:
+    return dot(x_RK, _weights(unpack(w.codes, w.format), w, x_RK.dtype))
+
+
+def _in_byte_order(x_RK: jax.Array, w: QuantArray) -> jax.Array:
+    """With the columns of codes that share a byte side by side.
+
+    XLA:GPU then reads a byte once, and needs 48 instead of 66 instructions for four weights of
+    4 bits. On a CPU the same takes up to three times as long.
+    """
+    num_fields = 8 // w.format.bits
+    shifts = jnp.arange(num_fields, dtype=jnp.uint8) * jnp.uint8(w.format.bits)
+    codes = (w.codes[..., None] >> shifts) & jnp.uint8(w.format.max_code)
+    fields = x_RK.reshape(x_RK.shape[0], -1, num_fields, w.format.group_size // num_fields)
+    x = jnp.swapaxes(fields, 2, 3).reshape(x_RK.shape)
+    return dot(x, _weights(codes, w, x.dtype))
+
+
+def _weights(codes: jax.Array, w: QuantArray, dtype: jnp.dtype) -> jax.Array:
+    """[N, K] of unpacked codes, in their order within groups."""
+    scales_NG, zeros = scales_and_zeros(w)
+    if w.format.nested:
+        # As arrays of their own: else XLA decodes them again for every weight.
+        scales_NG = lax.optimization_barrier(scales_NG)
+        zeros = zeros if isinstance(zeros, int) else lax.optimization_barrier(zeros)
+    zeros = zeros if isinstance(zeros, int) else zeros[..., None]
+    grouped = codes.reshape(*scales_NG.shape, -1).astype(jnp.float32)
+    return ((grouped - zeros) * scales_NG[..., None]).astype(dtype).reshape(len(scales_NG), -1)
 
 
 def reduce_product(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.models import linear
+from jmoe.quant import matmul
 from jmoe.quant.matmul import MAX_REDUCE_ROWS, dequantized_product, reduce_product
 from jmoe.quant.solver import quantize
 from tests.quant import cases
@@ -63,6 +64,8 @@ def test_multiply_and_sum_takes_any_number_of_rows(num_rows):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_dequantized_product(dtype, fmt):
     check(jax.jit(dequantized_product), 5, dtype, fmt, MAX_NMSE[dtype])
+    if fmt.bits in (2, 4):  # the form for accelerators
+        check(jax.jit(matmul._in_byte_order), 5, dtype, fmt, MAX_NMSE[dtype])
 
 
 @jax.jit
