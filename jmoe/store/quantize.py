@@ -4,10 +4,12 @@ While one matrix is quantized the next one is read. Quantization goes in pieces 
 in the processor's cache; rows do not depend on each other, so the pieces do not show.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,12 +18,14 @@ from jmoe.models.decoder import abstract_parameters
 from jmoe.quant.formats import DenseFormat, Format, QuantFormat
 from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import PART_NAMES
-from jmoe.quant.solver import Method, Quantized, quantize
+from jmoe.quant.solver import Method, quantize
 from jmoe.quant.spec import QuantSpec
 from jmoe.store.source import WeightSource
 
 _PIECE_WEIGHTS = 1 << 20
 _CHECK_ITEMS = 1 << 20
+# Each holds a piece and what is made of it.
+_MAX_THREADS = 32
 
 # Per type: an unsigned integer of its size, and the bits of infinity.
 _INFINITY = {
@@ -90,24 +94,31 @@ def store_matrix(
 def _quantize_into(
     w: np.ndarray, fmt: QuantFormat, method: Method, parts: Mapping[str, np.ndarray]
 ) -> bool:
-    num_rows = max(1, _PIECE_WEIGHTS // w.shape[1])
-    finite = True
+    num_rows = _piece_rows(*w.shape)
 
-    def collect(first: int, quantized: Quantized) -> None:
-        nonlocal finite
-        finite &= bool(quantized.finite)
-        for name, part in quantized.array.parts().items():
+    def quantize_piece(first: int) -> bool:
+        piece = jax.device_put(w[first : first + num_rows])
+        array, finite = quantize(piece, fmt, method)
+        for name, part in array.parts().items():
             parts[name][first : first + num_rows] = part
+        return bool(finite)
 
-    pending = None
-    for first in range(0, len(w), num_rows):
-        quantized = quantize(w[first : first + num_rows], fmt, method)
-        if pending is not None:  # while the device works on this piece
-            collect(*pending)
-        pending = first, quantized
-    if pending is not None:
-        collect(*pending)
-    return finite
+    # The first one alone: it compiles for all others.
+    firsts = range(0, len(w), num_rows)
+    finite = quantize_piece(firsts[0])
+    with ThreadPoolExecutor(_num_threads(), "quantize") as pool:
+        return all(pool.map(quantize_piece, firsts[1:])) and finite
+
+
+def _piece_rows(num_rows: int, num_columns: int) -> int:
+    """Rows to quantize at a time: all pieces are of one size, if there is a suitable one."""
+    limit = min(num_rows, max(1, _PIECE_WEIGHTS // num_columns))
+    sizes = range(limit, limit // 2, -1)
+    return next((size for size in sizes if num_rows % size == 0), limit)
+
+
+def _num_threads() -> int:
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _require_finite(finite: bool, where: str) -> None:
