@@ -23,13 +23,13 @@ def picture(results: Results, config: ModelConfig) -> str:
     return plot.draw(
         [
             plot.Panel(
-                "tiny-mixtral (embedded), its held-out text",
+                "Perplexity of tiny-mixtral (embedded) on its held-out text",
                 "MiB",
                 {bits: (size, row["perplexity"]) for bits, (size, row) in ours.items()},
                 (10, 15, 20, 25, 30),
             ),
             plot.Panel(
-                "Mixtral-8x7B, WikiText2 (the paper)",
+                "Perplexity of Mixtral-8x7B on WikiText2, from the paper",
                 "GiB",
                 PAPER_RESULTS,
                 (20, 30, 40, 60, 80),

@@ -68,11 +68,11 @@ def _draw_panel(panel: Panel) -> str:
             )
             parts.append(_text(x(size) + 6, y(perplexity) - 6, str(experts), "start", colour))
         legend_y = _TOP + 12 + 16 * i
-        parts.append(f'<circle cx="{right - 130}" cy="{legend_y}" r="4" fill="{colour}"/>')
+        parts.append(f'<circle cx="{right - 180}" cy="{legend_y}" r="4" fill="{colour}"/>')
         label = f"attention in {attention} bits"
-        parts.append(_text(right - 120, legend_y + 4, label, "start", colour))
-    note = "beside a point: bits of experts"
-    parts.append(_text(right - 134, _TOP + 16 * len(_COLOURS) + 16, note, "start"))
+        parts.append(_text(right - 170, legend_y + 4, label, "start", colour))
+    note = "numbers: bits of experts"
+    parts.append(_text(right - 184, _TOP + 16 * len(_COLOURS) + 16, note, "start"))
     return "".join(parts)
 
 
