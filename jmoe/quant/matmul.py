@@ -65,7 +65,8 @@ def _in_byte_order(x_RK: jax.Array, w: QuantArray) -> jax.Array:
     shifts = jnp.arange(num_fields, dtype=jnp.uint8) * jnp.uint8(w.format.bits)
     codes = (w.codes[..., None] >> shifts) & jnp.uint8(w.format.max_code)
     fields = x_RK.reshape(x_RK.shape[0], -1, num_fields, w.format.group_size // num_fields)
-    x = jnp.swapaxes(fields, 2, 3).reshape(x_RK.shape)
+    # As an array of its own: else XLA may bring the weights into the order of x instead.
+    x = lax.optimization_barrier(jnp.swapaxes(fields, 2, 3).reshape(x_RK.shape))
     return dot(x, _weights(codes, w, x.dtype))
 
 
