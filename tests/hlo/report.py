@@ -60,7 +60,8 @@ def environment() -> None:
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    assert (directory := h100.cuda_directory()) is not None
+    directory = h100.cuda_directory()
+    assert directory is not None
     ptxas = subprocess.run([directory / "bin/ptxas", "--version"], capture_output=True, text=True)
     release = re.search(r"release [\d.]+, V([\d.]+)", ptxas.stdout)
     print("| | |\n|---|---|")
