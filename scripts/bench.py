@@ -9,12 +9,14 @@ Compilation and warm-up are never part of a figure. The last line of stdout is o
 Suites:
   decode  prefill and decode of the resident engine: all weights in one memory
   load    from a new process to the first token, for several forms of a model
+  convert conversions to a store, beside plain copies of the same files
 
 Examples:
   python scripts/bench.py
   python scripts/bench.py --dtype=bfloat16 --batch=1,4 --repeats=9
   python scripts/bench.py --model=mixtral-8x7b --random_weights --num_layers=1 --quant=int4
   python scripts/bench.py --suite=load --models=path/to/model,path/to/store
+  python scripts/bench.py --suite=convert --model=mixtral-8x7b --random_weights --num_layers=1
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -26,7 +28,7 @@ import _model_flags
 from absl import flags
 
 # Modules with run(settings, report), which returns its part of the last line.
-_SUITES = {"decode": "_bench.decode", "load": "_bench.load"}
+_SUITES = {"decode": "_bench.decode", "load": "_bench.load", "convert": "_bench.convert"}
 
 _SUITE = flags.DEFINE_enum("suite", "decode", list(_SUITES), "What to measure.")
 _MODELS = flags.DEFINE_list("models", [], "Suite load: models or stores to compare: A,B")

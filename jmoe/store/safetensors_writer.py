@@ -89,7 +89,7 @@ def sync_directory(directory: Path) -> None:
 class TensorFile:
     """What a safetensors file holds besides the values of its tensors.
 
-    Data start at a multiple of DATA_ALIGNMENT, and every tensor at one of TENSOR_ALIGNMENT. The
+    Data start at a multiple of DATA_ALIGNMENT, and every tensor at one of the alignment. The
     format allows no gaps, so that a tensor of U8 fills them, named with PADDING_PREFIX.
 
     Attributes:
@@ -97,14 +97,18 @@ class TensorFile:
       num_bytes: of the whole file.
     """
 
-    def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]):
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[tuple[int, ...], str]],
+        alignment: int = TENSOR_ALIGNMENT,
+    ):
         """Takes shapes and types ("uint8", "bfloat16", ...), in the order of writing."""
         entries: dict[str, Any] = {}
         self._padding: dict[str, bytes] = {}
         end = 0
         for name, (shape, dtype) in tensors.items():
             end = _place(entries, name, shape, dtype, end)
-            padding = -end % TENSOR_ALIGNMENT
+            padding = -end % alignment
             self._padding[name] = bytes(padding)
             if padding:
                 end = _place(entries, f"{PADDING_PREFIX}{len(entries)}", (padding,), "uint8", end)

@@ -111,8 +111,12 @@ class CheckpointSource:
         self._checkpoint.read_into(info.name, array)
         return array
 
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+        return sorted({info.file for info in self._checkpoint.tensors.values()})
+
     def fingerprint(self) -> dict[str, Any]:
-        files = sorted({info.file for info in self._checkpoint.tensors.values()})
         index = self.directory / INDEX_NAME
         return {
             "kind": "checkpoint",
@@ -120,7 +124,7 @@ class CheckpointSource:
             "index_sha256": _sha256(index.read_bytes()) if index.exists() else None,
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sample_sha256": _sample_sha256(file)}
-                for file in files
+                for file in self.files
             },
         }
 
