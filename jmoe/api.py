@@ -21,7 +21,9 @@ from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
+from jmoe.store import orbax
 from jmoe.store.generation_config import GenerationDefaults
+from jmoe.store.source import find_side_files
 from jmoe.store.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
@@ -169,6 +171,29 @@ class LLM:
     def chat(self, messages: Sequence[Message], **options: Any) -> GenerationResult:
         """The model's answer to a conversation: {"role": ..., "content": ...} dicts."""
         return self.generate(list(messages), **options)
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Saves the parameters as an Orbax checkpoint, which ``load`` and convert.py read.
+
+        ``jmoe.store.orbax.restore_parameters`` gives them back with any sharding.
+
+        Args:
+          directory: to make; absent or complete, whatever happens.
+
+        Raises:
+          RequestError: the weights are quantized, or the directory exists.
+          CapacityError: they do not fit on the disk.
+        """
+        if self.quant is not None:
+            raise RequestError(
+                "only plain weights are saved with Orbax",
+                got=f"weights in {self.quant}",
+                do="load the model without quant; scripts/convert.py stores quantized ones",
+            )
+        names = abstract_parameters(self.config)
+        parameters = dict(zip(names, self.engine.parameters, strict=True))
+        side_files = find_side_files(self.directory)
+        orbax.save_checkpoint(directory, self.config_json, parameters, side_files)
 
     def options(self, **requested: Any) -> GenerationOptions:
         """A request's options, completed with the model's own defaults (RequestError)."""

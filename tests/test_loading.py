@@ -97,3 +97,16 @@ def test_a_bad_tokenizer_is_found_before_weights_are_read(tmp_path, monkeypatch)
     monkeypatch.setattr("jmoe.loading.read_parameters", None)
     with pytest.raises(jmoe.CheckpointError, match=r"tokenizer\.json is missing"):
         jmoe.load(tmp_path)
+
+
+def test_an_orbax_checkpoint_is_a_model_like_any_other(shape, tmp_path):
+    llm = jmoe.load(shape, random_weights=True, dtype="bfloat16")
+    llm.save_checkpoint(tmp_path / "saved")
+    again = jmoe.load(tmp_path / "saved", dtype="bfloat16")
+    assert again.tokenizer.encode("a") == llm.tokenizer.encode("a")
+    logits = [model.engine.logits([5, 6, 7, 8]) for model in (llm, again)]
+    np.testing.assert_array_equal(*logits)
+
+    quantized = jmoe.load(tmp_path / "saved", quant="experts=4g32", method="rtn")
+    with pytest.raises(RequestError, match="only plain weights"):
+        quantized.save_checkpoint(tmp_path / "other")
