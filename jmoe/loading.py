@@ -27,7 +27,7 @@ from jmoe.models.random_weights import iterate_random_parameters
 from jmoe.planning.memory import available_host_bytes
 from jmoe.quant.solver import Method, check_method
 from jmoe.quant.spec import QuantSpec, parse_spec
-from jmoe.store import hub
+from jmoe.store import hub, orbax
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.converted_model import ConvertedModel
 from jmoe.store.json_files import read_config_json, read_json_object
@@ -35,7 +35,7 @@ from jmoe.store.known_models import is_known_model, read_known_model, with_num_l
 from jmoe.store.manifest import check_quant, is_store, require_complete
 from jmoe.store.parameters import check_tensors, read_parameters
 from jmoe.store.quantize import quantized_parameters
-from jmoe.store.source import CheckpointSource
+from jmoe.store.source import open_directory
 
 EMBEDDED_MODEL = Path(__file__).parent / "data" / "tiny-mixtral"
 
@@ -119,6 +119,8 @@ def find_model(
         return _find_store(name, directory, options, device)
     if options.quant is not None:
         return _find_source(name, directory, parse_spec(options.quant), options, device)
+    if orbax.is_checkpoint(directory):
+        return _find_orbax(name, directory, options, device)
     return _find_checkpoint(name, directory, options, device)
 
 
@@ -159,11 +161,25 @@ def _find_checkpoint(
     return FoundModel(name, directory, config_json, config, build)
 
 
+def _find_orbax(name: str, directory: Path, options: LoadOptions, device: jax.Device) -> FoundModel:
+    source = orbax.OrbaxSource(directory, name)
+    config = source.config
+    dtype = _choose_dtype(options.dtype, config, device, None)
+    _check_size(config, dtype, None, device)
+
+    def build() -> tuple[ResidentEngine, tuple[str, ...]]:
+        with _bar(source.total_bytes, "loading", options) as bar:
+            parameters = source.parameters(dtype, bar.update)
+            return ResidentEngine(config, parameters, dtype, device), ()
+
+    return FoundModel(name, directory, source.config_json, config, build)
+
+
 def _find_source(
     name: str, directory: Path, quant: QuantSpec, options: LoadOptions, device: jax.Device
 ) -> FoundModel:
     """A model that is quantized as it is read."""
-    source = CheckpointSource(directory, name)
+    source = open_directory(directory, name)
     config = source.config
     dtype = _choose_dtype(options.dtype, config, device, quant)
     _check_size(config, dtype, quant, device)

@@ -30,6 +30,7 @@ from jmoe.config import ModelConfig
 from jmoe.errors import CapacityError, CheckpointError, JmoeError, RequestError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
+from jmoe.quant.layout import aligned_empty
 from jmoe.store.checkpoint import require_directory
 from jmoe.store.json_files import read_config_json, read_json_object
 from jmoe.store.manifest import CONFIG_NAME
@@ -172,6 +173,27 @@ class OrbaxSource:
             store = self._open(path)
             array = (store if expert is None else store[expert]).read().result()
         return np.ascontiguousarray(array)
+
+    def parameters(
+        self, dtype: str, on_bytes: Callable[[int], object] = lambda num_bytes: None
+    ) -> Iterator[np.ndarray]:
+        """Reads all parameters as ``parameters.read_parameters`` does, matrix by matrix.
+
+        Args:
+          dtype: "float32" or "bfloat16"; others are converted.
+          on_bytes: told the size of every matrix, as it is stored.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged.
+        """
+        for path, shape in self._shapes.items():
+            array = aligned_empty(shape.shape, dtype)
+            experts = range(len(array)) if array.ndim == 3 else (None,)
+            for expert in experts:
+                matrix = self.read(path, expert)
+                array[... if expert is None else expert] = matrix
+                on_bytes(matrix.nbytes)
+            yield array
 
     def fingerprint(self) -> dict[str, Any]:
         # Orbax gives its files random names: those of another save differ.

@@ -190,8 +190,8 @@ def open_source(
     """Opens what the user calls a model.
 
     Args:
-      path_or_id: a directory, or a hub id. With random_weights a directory with a config.json,
-        or the name of a known model.
+      path_or_id: a directory in Hugging Face format, an Orbax checkpoint, or a hub id. With
+        random_weights a directory with a config.json, or the name of a known model.
       revision: branch, tag or commit of a hub id.
       random_weights: take only the shape, and fill it.
       num_layers: with random_weights, instead of the configuration's number of layers.
@@ -223,7 +223,21 @@ def open_source(
             do="name the checkpoint that it was made of",
         )
     is_id = not os.path.exists(name)
-    return CheckpointSource(directory, name if is_id else None)
+    return open_directory(directory, name if is_id else None)
+
+
+def open_directory(directory: Path, name: str | None = None) -> WeightSource:
+    """Opens a checkpoint in Hugging Face format, or one that Orbax wrote.
+
+    Raises:
+      ConfigError: the configuration is unreadable or not supported.
+      CheckpointError: files are missing, damaged, or of another model.
+    """
+    from jmoe.store import orbax  # which uses this module
+
+    if orbax.is_checkpoint(directory):
+        return orbax.OrbaxSource(directory, name)
+    return CheckpointSource(directory, name)
 
 
 def _random_source(

@@ -12,12 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jmoe
 from jmoe.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from jmoe.loading import EMBEDDED_MODEL
 from jmoe.models.decoder import abstract_parameters
 from jmoe.models.families import config_from_json
 from jmoe.models.random_weights import random_parameters
+from jmoe.quant.spec import parse_spec
 from jmoe.store import orbax
 from jmoe.store.orbax import OrbaxSource, is_checkpoint, restore_parameters, save_checkpoint
+from jmoe.store.quantize import quantized_parameters
+from jmoe.store.source import CheckpointSource, open_source
 from tests.models.configs import mixtral_json
 
 
@@ -289,3 +294,31 @@ def test_a_sharding_that_does_not_divide_is_the_callers_mistake(saved):
     thirds = jax.sharding.NamedSharding(three, jax.sharding.PartitionSpec("x"))
     with pytest.raises(ValueError, match="divi"):
         restore_parameters(saved, sharding=lambda path, shape: thirds)
+
+
+def test_a_model_loads_and_converts_from_such_a_checkpoint(tmp_path):
+    original = CheckpointSource(EMBEDDED_MODEL)
+    shapes = abstract_parameters(original.config)
+    parameters = {
+        path: original.read(path)
+        if len(shape.shape) < 3
+        else np.stack([original.read(path, e) for e in range(shape.shape[0])])
+        for path, shape in shapes.items()
+    }
+    directory = tmp_path / "model"
+    save_checkpoint(directory, original.config_json, parameters, original.side_files())
+
+    assert_same_bits(restore_parameters(directory), parameters)
+    plain, embedded = (jmoe.load(model, dtype="bfloat16") for model in (directory, None))
+    for ours, theirs in zip(plain.engine.parameters, embedded.engine.parameters, strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    assert plain.tokenizer.encode("def main(") == embedded.tokenizer.encode("def main(")
+
+    source = open_source(directory)
+    assert isinstance(source, OrbaxSource)
+    quant = parse_spec("attention=8g64sf,experts=4g64")
+    ours, theirs = (
+        list(quantized_parameters(either, "bfloat16", quant, "rtn"))
+        for either in (source, original)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
