@@ -124,6 +124,12 @@ class Conversion:
         self._layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
         abstract_parameters(config, "bfloat16", quant)  # raises if a group size does not fit
         _check_place(self._output, source.directory)
+        fingerprint = source.fingerprint()
+        self._source_json = {
+            "name": source.name,
+            "kind": fingerprint["kind"],
+            "fingerprint": json_sha256(fingerprint),
+        }
         self._side_files = {name: _read_small(p) for name, p in source.side_files().items()}
         self._files = list(self._plan())
         self.output_bytes = sum(file.form.num_bytes for file in self._files)
@@ -146,7 +152,7 @@ class Conversion:
         partial = None
         try:
             partial = PartialDirectory(self._output, self._settings(), resume=self._resume)
-            resumed = set(partial.finished)
+            resumed = partial.finished.keys() & {file.name for file in self._files}
             input_bytes = self._write_files(partial, on_bytes)
             small_files = {
                 name: write_file(partial.path, name, contents)
@@ -200,18 +206,10 @@ class Conversion:
             "format_version": FORMAT_VERSION,
             "quant": self._quant.to_json(),
             "method": self._method,
-            "source": self._source_json(),
+            "source": self._source_json,
             "platform": jax.default_backend(),  # another one may round differently
         }
         return json.loads(json.dumps(settings))
-
-    def _source_json(self) -> dict[str, Any]:
-        fingerprint = self._source.fingerprint()
-        return {
-            "name": self._source.name,
-            "kind": fingerprint["kind"],
-            "fingerprint": json_sha256(fingerprint),
-        }
 
     def _write_files(self, partial: PartialDirectory, on_bytes: OnBytes) -> int:
         """Writes the files of tensors that are not finished; returns the bytes that it read."""
@@ -249,7 +247,7 @@ class Conversion:
         return Manifest(
             quant=self._quant,
             method=self._method,
-            source=self._source_json(),
+            source=self._source_json,
             config_sha256=files[CONFIG_NAME].sha256,
             files=files,
         )

@@ -121,11 +121,8 @@ class CheckpointSource:
         return {
             "kind": "checkpoint",
             "config_sha256": json_sha256(self.config_json),
-            "index_sha256": _sha256(index.read_bytes()) if index.exists() else None,
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sample_sha256": _sample_sha256(file)}
-                for file in self.files
-            },
+            "index": _describe_file(index) if index.exists() else None,
+            "files": {file.name: _describe_file(file) for file in self.files},
         }
 
     def side_files(self) -> dict[str, Path]:
@@ -277,13 +274,14 @@ def _sha256(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
 
 
-def _sample_sha256(path: Path) -> str:
-    """Hash of the head and the tail of a file: changed weights of equal size show in it."""
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Size of a file, and hash of its head and tail: changed weights of equal size show there."""
     try:
         with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             head = file.read(_SAMPLE_BYTES)
-            file.seek(max(_SAMPLE_BYTES, os.fstat(file.fileno()).st_size - _SAMPLE_BYTES))
-            return _sha256(head + file.read(_SAMPLE_BYTES))
+            file.seek(max(_SAMPLE_BYTES, num_bytes - _SAMPLE_BYTES))
+            return {"bytes": num_bytes, "sample_sha256": _sha256(head + file.read(_SAMPLE_BYTES))}
     except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be read", where=path.parent, got=error.strerror
