@@ -8,7 +8,7 @@ import numpy as np
 
 from jmoe.quant.formats import Format, QuantFormat, parse_format
 from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
-from jmoe.quant.quant_array import QuantArray, dequantize
+from jmoe.quant.quant_array import QuantArray, dequantize, from_parts
 from jmoe.quant.solver import Method, Quantized, quantize
 
 
@@ -18,18 +18,18 @@ def quant_format(text: str) -> QuantFormat:
     return fmt
 
 
-# Every number of bits with the smallest, the usual and the largest group, nested and flat.
+# Every number of bits with the smallest and the largest group, nested, flat and symmetric.
 FORMATS = [
-    quant_format(f"{bits}g{size}{flat}")
-    for bits in (8, 4, 3, 2)
-    for size in (16, 64, 256)
-    for flat in ("", "f")
-] + [parse_format(f"{bits}g{size}{flags}") for bits, size, flags in [
-    (8, 64, "s"), (8, 64, "sf"), (4, 32, "s"), (4, 32, "sf"),
-    (3, 128, "s"), (3, 16, "sf"), (2, 16, "s"), (2, 64, "sf"),
-]]  # fmt: skip
+    quant_format(text)
+    for text in (
+        *("8g16", "8g256", "8g64f", "8g64s", "8g64sf"),
+        *("4g16", "4g64", "4g256", "4g64f", "4g32s", "4g32sf"),
+        *("3g16", "3g256", "3g64f", "3g128s"),
+        *("2g16", "2g256", "2g64f", "2g16s", "2g64sf"),
+    )
+]
 
-HQQ_FORMATS = [quant_format(text) for text in ("8g64", "4g64", "3g16", "2g16", "2g256", "4g16f")]
+HQQ_FORMATS = [quant_format(text) for text in ("4g64", "3g16", "2g256", "8g64", "4g16f")]
 
 # One shape for all weights: a program is compiled once per shape and format.
 STACK, ROWS, COLUMNS = 2, 14, 512
@@ -154,10 +154,32 @@ def nmse(got: np.ndarray | jax.Array, expected: np.ndarray) -> float:
     return float(np.sum(error**2) / np.sum(np.square(expected, dtype=np.float64)))
 
 
+def random_parts(
+    fmt: Format, shape: tuple[int, int], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """The arrays of a matrix of random codes, scales and zero points."""
+    if not isinstance(fmt, QuantFormat):
+        return {"values": generator.normal(size=shape).astype(jnp.dtype(fmt.dtype))}
+    parts = {}
+    scale = shape[1] ** -0.5 / (1 << fmt.bits)
+    # Largest code of 255 and smallest value of scales, then of zero points.
+    steps = np.array([3 * scale / 255, scale, fmt.max_code / 255, 0])
+    for name, part in fmt.parts(*shape).items():
+        random = generator.uniform(size=part.shape)
+        if name == "nested":
+            values = steps[: part.shape[-1]] * (1 + random)
+        elif part.dtype == "uint8":
+            values = random * 256
+        else:
+            values = random * (fmt.max_code if name == "zeros" else 4 * scale)
+        parts[name] = values.astype(jnp.dtype(part.dtype))
+    return parts
+
+
 def random_expert_blobs(
-    layout: ExpertLayout, num_experts: int, method: Method = "rtn", seed: int = 0
+    layout: ExpertLayout, num_experts: int, seed: int = 0
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Blobs of quantized normal weights, and the weights that they stand for.
+    """Blobs of random experts, and the weights that they stand for.
 
     Returns:
       [num_experts, num_items], and by matrix [num_experts, outputs, inputs] in float64.
@@ -165,19 +187,15 @@ def random_expert_blobs(
     generator = np.random.default_rng(seed)
     blobs = aligned_empty((num_experts, layout.num_bytes), np.uint8)
     blobs[:] = 0xFF  # what lies between the parts must not matter
-    weights: dict[str, np.ndarray] = {}
-    for matrix in MATRICES:
-        shape = layout.matrix_shape(matrix)
-        w = generator.normal(size=(num_experts, *shape)) * shape[1] ** -0.5
-        fmt: Format = layout.format(matrix)
-        if isinstance(fmt, QuantFormat):
-            array = quantize(jnp.asarray(w, jnp.float32), fmt, method).array
-            parts = {name: np.asarray(part) for name, part in array.parts().items()}
-            weights[matrix] = reference_dequantize(array)
-        else:
-            parts = {"values": w.astype(jnp.dtype(fmt.dtype))}
-            weights[matrix] = parts["values"].astype(np.float64)
-        for e in range(num_experts):
-            for name, view in layout.host_views(blobs[e])[matrix].items():
-                view[...] = parts[name][e]
-    return blobs.view(layout.dtype), weights
+    weights: dict[str, list[np.ndarray]] = {matrix: [] for matrix in MATRICES}
+    for blob in blobs:
+        for matrix, views in layout.host_views(blob).items():
+            fmt = layout.format(matrix)
+            parts = random_parts(fmt, layout.matrix_shape(matrix), generator)
+            for name, view in views.items():
+                view[...] = parts[name]
+            if isinstance(fmt, QuantFormat):
+                weights[matrix].append(reference_dequantize(from_parts(parts, fmt)))
+            else:
+                weights[matrix].append(parts["values"].astype(np.float64))
+    return blobs.view(layout.dtype), {name: np.stack(ws) for name, ws in weights.items()}

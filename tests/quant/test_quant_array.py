@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.errors import ConfigError
-from jmoe.quant.quant_array import QuantArray, dequantize, from_parts, validate
+from jmoe.quant.quant_array import QuantArray, from_parts, validate
 from tests.quant import cases
 from tests.quant.cases import quant_format
 
@@ -84,12 +84,12 @@ def test_dequantizing_follows_the_documentation(fmt):
 
 def test_indexing_selects_matrices_and_rows():
     array, _ = cases.quantized_special(quant_format("4g64"), "rtn")
-    whole = np.asarray(dequantize(array))
+    whole = np.asarray(cases.decode(array))
     validate(array[1])
-    np.testing.assert_array_equal(dequantize(array[1]), whole[1])
-    np.testing.assert_array_equal(dequantize(array[0, 2:5]), whole[0, 2:5])
+    np.testing.assert_array_equal(cases.decode(array[1]), whole[1])
+    np.testing.assert_array_equal(cases.decode(array[0, 2:5]), whole[0, 2:5])
     rows = jnp.array([[3, 3], [0, 7]])
-    np.testing.assert_array_equal(dequantize(array[1][rows]), whole[1][np.asarray(rows)])
+    np.testing.assert_array_equal(cases.decode(array[1][rows]), whole[1][np.asarray(rows)])
 
 
 def test_bytes_are_those_of_the_parts_and_the_format_is_static():

@@ -65,7 +65,7 @@ def test_errors_of_special_weights_are_bounded(method, fmt):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([("rtn", cases.FORMATS[6]), ("rtn", quant_format("4g32s"))])
+    st.sampled_from([("rtn", quant_format(text)) for text in ("4g64", "4g32s")])
     | st.sampled_from([("hqq", fmt) for fmt in cases.HQQ_FORMATS[:3]]),
     st.integers(0, 2**32 - 1),
     st.floats(-25, 25),
