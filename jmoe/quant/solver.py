@@ -111,7 +111,13 @@ def _choose_scales(
         high = jnp.where(high < 0, jnp.maximum(high, low / 2), high)
         scales = (high - low) / fmt.max_code
         zeros = -low * _inverse(scales)
+    # A backend may or may not keep numbers below this; no model's weights are.
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0, scales)
     part, steps = _store(scales, fmt)
+    if fmt.nested:
+        # Beside a group of zeros, a small scale must not become one of them.
+        stored, _ = _read(part, None, steps, fmt)
+        part = jnp.where((stored == 0) & (scales > 0), jnp.uint8(1), part)
     stored, _ = _read(part, None, steps, fmt)
     return part, steps, stored, zeros
 

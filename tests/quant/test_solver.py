@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmoe.errors import ConfigError
-from jmoe.quant.quant_array import validate
+from jmoe.quant.quant_array import dequantize, validate
 from jmoe.quant.solver import METHODS, check_method, quantize
 from tests.quant import cases
 from tests.quant.cases import quant_format
@@ -187,3 +187,13 @@ def test_odd_rows_and_unknown_methods_are_refused():
         check_method("gptq")
     for method in METHODS:
         check_method(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_small_groups_survive_beside_zeros_and_an_outlier(method):
+    w = 1e-3 * np.random.default_rng(0).standard_normal((1, 512), np.float32)
+    w[0, :16], w[0, 16] = 0, 3
+    fmt = quant_format("4g16")
+    kept = np.asarray(dequantize(quantize(w, fmt, method).array))[0, 32:]
+    assert np.abs(kept - w[0, 32:]).max() < 3 / 15 / 255  # half a step of their scale's codes
+    assert np.count_nonzero(kept) > 400

@@ -9,7 +9,7 @@ import pytest
 
 from jmoe.errors import CheckpointError
 from jmoe.models.decoder import abstract_parameters
-from jmoe.quant.formats import BF16, F32, DenseFormat, parse_format
+from jmoe.quant.formats import BF16, F32, DenseFormat, QuantFormat, parse_format
 from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import QuantArray, from_parts, validate
 from jmoe.quant.solver import METHODS, quantize
@@ -30,6 +30,12 @@ from jmoe.store.source import RandomSource
 from tests.models.configs import mixtral_json
 
 _FORMATS = ["4g64", "3g32", "2g16", "8g64sf", "4g16f", "8g256s"]
+
+
+def _quant_format(text: str) -> QuantFormat:
+    fmt = parse_format(text)
+    assert isinstance(fmt, QuantFormat)
+    return fmt
 
 
 def _source(**changes: Any) -> RandomSource:
@@ -65,7 +71,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(fmt, place, value, monk
     w = np.ones((33, 512), ml_dtypes.bfloat16)
     w[place] = value
     with pytest.raises(CheckpointError, match=r"NaN or infinity in layers\.3\.router"):
-        quantize_matrix(w, parse_format(fmt), "rtn", where="layers.3.router")
+        quantize_matrix(w, _quant_format(fmt), "rtn", where="layers.3.router")
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
@@ -190,5 +196,5 @@ def test_reading_is_one_ahead_and_its_errors_keep_their_place():
 
 
 def test_a_quantized_matrix_is_a_quant_array():
-    parts = quantize_matrix(np.ones((2, 64), np.float32), parse_format("4g64"), "hqq", where="")
-    assert isinstance(from_parts(parts, parse_format("4g64")), QuantArray)
+    parts = quantize_matrix(np.ones((2, 64), np.float32), _quant_format("4g64"), "hqq", where="")
+    assert isinstance(from_parts(parts, _quant_format("4g64")), QuantArray)
