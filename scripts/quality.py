@@ -38,14 +38,18 @@ def main() -> None:
         raise RequestError("there is no such directory to write to", where=directory)
     commit = machine.describe_commit()
     facts = machine.describe_machine()
-    results = measure.measure(Path(_RESULTS.value), _MAX_WINDOWS.value, sys.stderr.isatty())
+    results = measure.measure(
+        Path(_RESULTS.value),
+        _MAX_WINDOWS.value,
+        f"{commit['commit']}{' and changes' if commit['dirty'] else ''}",
+        sys.stderr.isatty(),
+    )
     config = read_model_shape(EMBEDDED_MODEL).config
     mixtral = read_model_shape("mixtral-8x7b").config
     where = {
         "CPU": f"{facts['cpu']}, {facts['num_cores']} cores",
         "Python": facts["versions"]["python"],
         "jax": facts["versions"]["jax"],
-        "commit": f"{commit['commit']}{' and changes' if commit['dirty'] else ''}",
         "date": machine.now()[:10],
     }
     command = " ".join(["python scripts/quality.py", *sys.argv[1:]])

@@ -36,12 +36,13 @@ def settings() -> list[tuple[str, str]]:
     return [*((quant, "hqq") for quant in hqq), *((quant, "rtn") for quant in BOTH_METHODS)]
 
 
-def measure(file: Path, max_windows: int | None, show: bool) -> Results:
+def measure(file: Path, max_windows: int | None, commit: str, show: bool) -> Results:
     """Measures what a file of results lacks, and adds it there line by line.
 
     Args:
       file: JSON lines of former runs; made if absent.
       max_windows: of the beginning of the text; None is all of it.
+      commit: of the code that measures, to be noted with each figure.
       show: a progress bar on stderr.
 
     Raises:
@@ -76,6 +77,7 @@ def measure(file: Path, max_windows: int | None, show: bool) -> Results:
             row = {
                 "quant": quant,
                 "method": method,
+                "commit": commit,
                 "max_windows": max_windows,
                 "num_predictions": result.num_predictions,
                 "perplexity": result.perplexity,

@@ -43,6 +43,8 @@ def page(
 ) -> str:
     """The Markdown page."""
     reference = next(iter(results.values()))
+    commits = dict.fromkeys(str(row["commit"]) for row in results.values())
+    where = where | {"commit": ", ".join(commits), "command": f"`{command}`"}
     parts = [
         "# Quality of quantization",
         "The embedded model, quantized and scored on its held-out text "
@@ -53,7 +55,7 @@ def page(
         "errors are standard errors over windows. Sizes are those of all weights, with scales, "
         "zero points and padding, and what is not quantized in bfloat16.",
         "## Where",
-        _table(("", ""), [*where.items(), ("command", f"`{command}`")]),
+        _table(("", ""), where.items()),
         "## The paper's mixes",
         f"![Size against perplexity]({PLOT_NAME})",
         f"Unquantized, the perplexity is {reference['reference_perplexity']:.4f}.",
@@ -67,9 +69,8 @@ def page(
         ),
         "## HQQ against rounding to nearest",
         "The same formats; only the zero points differ. `int8` is symmetric: there HQQ has "
-        "nothing to choose. Among the zero points that HQQ visits, quant/hqq.py keeps the best by a "
-        "measure that was chosen among several with this very text in view, and so was the "
-        "`experts3` format: differences of the size of their standard errors show nothing.",
+        "nothing to choose. By which measure HQQ keeps a zero point was chosen with this text in "
+        "view: [quantization-methods.md](quantization-methods.md) compares the two on another.",
         _table(
             (
                 *("quantization", "bits per weight"),

@@ -20,6 +20,7 @@ def write_results(file: Path, max_windows: int | None = 2) -> None:
         {
             "quant": quant,
             "method": method,
+            "commit": "0123abc",
             "max_windows": max_windows,
             "num_predictions": 512,
             "perplexity": 15 + i / 8,
@@ -43,6 +44,7 @@ def test_page_and_picture(tmp_path: Path):
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout.decode() == f"{tmp_path / 'quantization-quality.md'}\n"
     page = (tmp_path / "quantization-quality.md").read_text()
+    assert "| commit | 0123abc |" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     (row,) = [row for row in rows if "attn4-experts3" in row[0] and len(row) == 11]
     # Size and bits of the embedded model; perplexity; ours and the paper's size of Mixtral-8x7B.
