@@ -192,6 +192,8 @@ def _blocks(
 
     # The last row stays zero: tokens that are not valid read it.
     y = jnp.zeros((plan.token_of_row.shape[0] + 1, hidden_size), jnp.float32)
+    # Else XLA:GPU makes the outputs of all layers at the start of the program.
+    y, x_padded = lax.optimization_barrier((y, x_padded))
     y = lax.fori_loop(0, plan.num_blocks, one_block, y)
     return y[plan.row_of_assignment]
 

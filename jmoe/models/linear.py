@@ -147,6 +147,8 @@ def _linear_cpu(x: jax.Array, w_OI: QuantArray) -> jax.Array:
 def _linear_accelerator(x: jax.Array, w_OI: QuantArray) -> jax.Array:
     if x.shape[0] <= MAX_REDUCE_ROWS:
         return reduce_product(x, w_OI)
+    # Else XLA:GPU dequantizes the weights of all layers at the start of the program.
+    x, w_OI = lax.optimization_barrier((x, w_OI))
     return _tiled_quant(x, w_OI, ACCELERATOR_TILE_BYTES)
 
 

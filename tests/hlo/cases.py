@@ -45,9 +45,9 @@ def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
 
 
 @functools.cache
-def mixtral_8x7b() -> ModelConfig:
-    """Two layers of it."""
-    raw = json.loads(CONFIG_FILE.read_text()) | {"num_hidden_layers": NUM_LAYERS}
+def mixtral_8x7b(num_layers: int = NUM_LAYERS) -> ModelConfig:
+    """Some layers of it."""
+    raw = json.loads(CONFIG_FILE.read_text()) | {"num_hidden_layers": num_layers}
     return families.config_from_json(raw, CONFIG_FILE)
 
 
@@ -89,12 +89,12 @@ def product(fmt: QuantFormat, num_outputs: int, num_tokens: int) -> jax.stages.L
 
 def decode(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
     """A step of the resident engine, greedy."""
-    parameters, cache, vector = _model(quant, batch_size)
+    config = mixtral_8x7b()
+    parameters, cache, vector = _model(config, quant, batch_size)
     state = DecodeState(cache, vector(jnp.int32), vector(jnp.int32), None)
     scalar = shape((), jnp.float32)
     values = SamplingValues(scalar, shape((), jnp.int32), scalar, scalar, scalar)
     args = (parameters, state, vector(jnp.bool_), shape((2,), jnp.uint32), values)
-    config = mixtral_8x7b()
     return decode_step.lower(
         *h100.abstract(args),
         config=config,
@@ -105,10 +105,12 @@ def decode(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
     )
 
 
-def prefill(quant: QuantSpec, num_positions: int) -> jax.stages.Lowered:
+def prefill(
+    quant: QuantSpec, num_positions: int, num_layers: int = NUM_LAYERS
+) -> jax.stages.Lowered:
     """A chunk of one prompt."""
-    parameters, cache, vector = _model(quant, 1)
-    config = mixtral_8x7b()
+    config = mixtral_8x7b(num_layers)
+    parameters, cache, vector = _model(config, quant, 1)
     hidden_BD = shape((1, config.hidden_size), jnp.dtype(DTYPE))
     token_ids_BL, start = shape((1, num_positions), jnp.int32), shape((), jnp.int32)
     args = (parameters, cache, hidden_BD, token_ids_BL, start, vector(jnp.int32))
@@ -121,9 +123,8 @@ def prefill(quant: QuantSpec, num_positions: int) -> jax.stages.Lowered:
     )
 
 
-def _model(quant: QuantSpec, batch_size: int):
+def _model(config: ModelConfig, quant: QuantSpec, batch_size: int):
     """Shapes of parameters and cache, and a maker of shapes of one item per sequence."""
-    config = mixtral_8x7b()
     parameters = tuple(abstract_parameters(config, DTYPE, quant).values())
     cache = jax.eval_shape(lambda: init_cache(config, batch_size, CACHE_CAPACITY, DTYPE))
     return parameters, cache, lambda dtype: shape((batch_size,), dtype)
@@ -235,16 +236,18 @@ def _programs() -> Iterator[tuple[str, Case]]:
                 host_loops=NUM_LAYERS * (batch_size > MAX_REDUCE_ROWS),
             ),
         )
-    yield (
-        f"prefill_chunk, {MANY} positions",
-        Case(
-            lower=functools.partial(prefill, quant, MANY),
-            temp_mib=61.0,
-            float_mib=TILE_MIB,
-            donated_bytes=sequence_bytes,
-            host_loops=NUM_LAYERS,
-        ),
-    )
+    # More layers need no more memory: XLA has nothing to begin before its turn.
+    for num_layers in (NUM_LAYERS, 4 * NUM_LAYERS):
+        yield (
+            f"prefill_chunk, {MANY} positions, {num_layers} layers",
+            Case(
+                lower=functools.partial(prefill, quant, MANY, num_layers),
+                temp_mib=61.0,
+                float_mib=TILE_MIB,
+                donated_bytes=sequence_bytes * num_layers // NUM_LAYERS,
+                host_loops=num_layers,
+            ),
+        )
 
 
 CASES: dict[str, Case] = dict([*_experts(), *_products(), *_programs()])
