@@ -30,12 +30,12 @@ from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.store import hub, orbax
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.converted_model import ConvertedModel
-from jmoe.store.json_files import read_config_json, read_json_object
-from jmoe.store.known_models import is_known_model, read_known_model, with_num_layers
+from jmoe.store.json_files import read_config_json
+from jmoe.store.known_models import read_shape, require_weights
 from jmoe.store.manifest import check_quant, is_store, require_complete
+from jmoe.store.open_source import open_directory
 from jmoe.store.parameters import check_tensors, read_parameters
 from jmoe.store.quantize import quantized_parameters
-from jmoe.store.source import open_directory
 
 EMBEDDED_MODEL = Path(__file__).parent / "data" / "tiny-mixtral"
 
@@ -113,6 +113,7 @@ def find_model(
     if model is None:
         name, directory = "tiny-mixtral (embedded)", EMBEDDED_MODEL
     else:
+        require_weights(model)
         name, directory = str(model), hub.resolve(model, revision=options.revision)
     require_complete(directory)
     if is_store(directory):
@@ -229,7 +230,7 @@ def _find_random(model: str | Path | None, options: LoadOptions, device: jax.Dev
         raise RequestError(
             "random weights need a shape", do="name one, such as --model=mixtral-8x7b"
         )
-    config_json = _read_shape(model, options.num_layers)
+    config_json = read_shape(model, options.num_layers)
     config = families.config_from_json(config_json, model)
     quant = None if options.quant is None else parse_spec(options.quant)
     dtype = _choose_dtype(options.dtype, config, device, quant)
@@ -250,15 +251,6 @@ def _find_random(model: str | Path | None, options: LoadOptions, device: jax.Dev
 
     # Any tokenizer will do, as long as the model has its ids.
     return FoundModel(name, EMBEDDED_MODEL, config_json, config, build)
-
-
-def _read_shape(model: str | Path, num_layers: int | None) -> dict[str, Any]:
-    """The config.json of a known model, of a model directory, or of that name."""
-    path = Path(model)
-    if is_known_model(model) or not path.exists():
-        return read_known_model(str(model), num_layers)
-    raw = read_config_json(path) if path.is_dir() else read_json_object(path, ConfigError)
-    return raw if num_layers is None else with_num_layers(raw, num_layers)
 
 
 def _check_size(

@@ -54,7 +54,7 @@ def main() -> None:
     from jmoe.errors import RequestError
     from jmoe.quant.spec import parse_spec
     from jmoe.store.convert import Conversion
-    from jmoe.store.source import open_source
+    from jmoe.store.open_source import open_source
 
     if not _MODEL.value or not _OUTPUT.value:
         missing = "--output" if _MODEL.value else "--model"

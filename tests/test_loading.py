@@ -70,6 +70,7 @@ def test_random_weights_depend_on_the_seed_only(shape, quant):
         ({"num_layers": 2}, RequestError, ("random weights",)),
         ({"random_weights": True}, RequestError, ("need a shape", "mixtral-8x7b")),
         ({"model": "nothing", "random_weights": True}, ConfigError, ("mixtral-8x22b",)),
+        ({"model": "mixtral-8x7b"}, RequestError, ("without weights", "--random_weights")),
         ({"quant": "attn5"}, ConfigError, ("unknown quantization", "attn4-experts4")),
         ({"quant": "experts=4g128"}, ConfigError, ("does not divide", "groups of 128", "4g64")),
         ({"quant": "experts=5g64"}, ConfigError, ("8, 4, 3 or 2 bits",)),

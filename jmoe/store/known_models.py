@@ -4,12 +4,13 @@ The files lie in configs/models: beside the package in a source checkout, inside
 installed.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from jmoe.errors import ConfigError
-from jmoe.store.json_files import read_json_object
+from jmoe.errors import ConfigError, RequestError
+from jmoe.store.json_files import read_config_json, read_json_object
 
 _PACKAGE = Path(__file__).parents[1]
 _DIRECTORIES = (
@@ -46,6 +47,28 @@ def read_known_model(name: str, num_layers: int | None = None) -> dict[str, Any]
         )
     raw = read_json_object(_directory() / f"{name}.json", ConfigError)
     return raw if num_layers is None else with_num_layers(raw, num_layers)
+
+
+def read_shape(model: str | Path, num_layers: int | None = None) -> dict[str, Any]:
+    """The config.json of a known model, of a model directory, or a file of that format.
+
+    Raises:
+      ConfigError: there is no such thing, it is not usable, or cannot have so many layers.
+    """
+    path = Path(model)
+    if not os.path.exists(model):  # unlike a Path, "" does not
+        return read_known_model(str(model), num_layers)
+    raw = read_config_json(path) if path.is_dir() else read_json_object(path, ConfigError)
+    return raw if num_layers is None else with_num_layers(raw, num_layers)
+
+
+def require_weights(model: str | Path) -> None:
+    """Raises RequestError if this is the name of a known shape and not of a model."""
+    if is_known_model(str(model)) and not Path(model).exists():
+        raise RequestError(
+            f"{model} is the shape of a known model, without weights",
+            do="name a directory or a hub id, or add --random_weights",
+        )
 
 
 def with_num_layers(config_json: dict[str, Any], num_layers: int) -> dict[str, Any]:

@@ -18,16 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from jmoe.config import ModelConfig
-from jmoe.errors import CheckpointError, RequestError
+from jmoe.errors import CheckpointError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
 from jmoe.models.families import ParameterSource
 from jmoe.quant.layout import aligned_empty
-from jmoe.store import hub
 from jmoe.store.checkpoint import INDEX_NAME, Checkpoint
 from jmoe.store.json_files import read_config_json
-from jmoe.store.known_models import is_known_model, read_known_model, with_num_layers
-from jmoe.store.manifest import SIDE_FILES, is_store, require_complete
+from jmoe.store.manifest import SIDE_FILES
 from jmoe.store.parameters import check_tensors
 from jmoe.store.safetensors_file import NUMPY_DTYPES
 
@@ -174,83 +172,6 @@ class RandomSource:
 
     def side_files(self) -> dict[str, Path]:
         return {}
-
-
-def open_source(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    random_weights: bool = False,
-    num_layers: int | None = None,
-    seed: int = 0,
-) -> WeightSource:
-    """Opens what the user calls a model.
-
-    Args:
-      path_or_id: a directory in Hugging Face format, an Orbax checkpoint, or a hub id. With
-        random_weights a directory with a config.json, or the name of a known model.
-      revision: branch, tag or commit of a hub id.
-      random_weights: take only the shape, and fill it.
-      num_layers: with random_weights, instead of the configuration's number of layers.
-      seed: of the random weights.
-
-    Raises:
-      RequestError: options that contradict each other, or a store instead of a source.
-      ConfigError: the configuration is unreadable or not supported.
-      CheckpointError: no such model, or it is damaged.
-    """
-    name = os.fspath(path_or_id)
-    if random_weights:
-        return _random_source(name, revision, num_layers, seed)
-    if num_layers is not None:
-        raise RequestError(
-            "another number of layers is for random weights", do="add --random_weights"
-        )
-    if is_known_model(name) and not os.path.exists(name):
-        raise RequestError(
-            f"{name} is the shape of a known model, without weights",
-            do="name a directory or a hub id, or add --random_weights",
-        )
-    directory = hub.resolve(path_or_id, revision=revision)
-    if is_store(directory):
-        require_complete(directory)
-        raise RequestError(
-            "this is a converted store already",
-            where=directory,
-            do="name the checkpoint that it was made of",
-        )
-    is_id = not os.path.exists(name)
-    return open_directory(directory, name if is_id else None)
-
-
-def open_directory(directory: Path, name: str | None = None) -> WeightSource:
-    """Opens a checkpoint in Hugging Face format, or one that Orbax wrote.
-
-    Raises:
-      ConfigError: the configuration is unreadable or not supported.
-      CheckpointError: files are missing, damaged, or of another model.
-    """
-    from jmoe.store import orbax  # which uses this module
-
-    if orbax.is_checkpoint(directory):
-        return orbax.OrbaxSource(directory, name)
-    return CheckpointSource(directory, name)
-
-
-def _random_source(
-    name: str, revision: str | None, num_layers: int | None, seed: int
-) -> RandomSource:
-    if revision is not None:
-        raise RequestError("random weights have no revision", do="leave --revision out")
-    if is_known_model(name) and not os.path.exists(name):
-        config_json, stem = read_known_model(name), name
-    elif os.path.isdir(name):
-        config_json, stem = read_config_json(Path(name)), Path(name).resolve().name
-    else:
-        config_json, stem = read_known_model(name), name  # which says what is known
-    if num_layers is not None:
-        config_json = with_num_layers(config_json, num_layers)
-    return RandomSource(config_json, f"{stem} with random weights", seed)
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,9 +29,10 @@ from jmoe.quant.solver import METHODS, Method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.store import hub
 from jmoe.store.convert import Conversion
+from jmoe.store.open_source import open_source
 from jmoe.store.quantize import component_format, matrix_paths
 from jmoe.store.safetensors_writer import NewFile, TensorFile, write_file
-from jmoe.store.source import CheckpointSource, RandomSource, open_source
+from jmoe.store.source import CheckpointSource, RandomSource
 
 _DEFAULT_QUANT = "attn4-experts4"
 

@@ -20,8 +20,9 @@ from jmoe.models import families
 from jmoe.quant.spec import PRESETS, parse_spec
 from jmoe.store import convert, safetensors_writer
 from jmoe.store.convert import Conversion
+from jmoe.store.open_source import open_source
 from jmoe.store.partial import partial_path
-from jmoe.store.source import CheckpointSource, RandomSource, open_source
+from jmoe.store.source import CheckpointSource, RandomSource
 from tests.faults.checkpoints import TINY_MIXTRAL, link_model
 from tests.models.configs import mixtral_json
 from tests.scripts.processes import ROOT, assert_one_error, command, environment, run_script

@@ -9,7 +9,7 @@ import pytest
 
 from jmoe.quant.spec import parse_spec
 from jmoe.store.convert import Conversion
-from jmoe.store.source import open_source
+from jmoe.store.open_source import open_source
 from tests.equivalence.checkpoints import RANDOM_MIXTRALS, write_random_mixtral
 from tests.faults.checkpoints import TINY_MIXTRAL
 from tests.scripts.processes import assert_one_error, run_script

@@ -20,9 +20,10 @@ from jmoe.models.families import config_from_json
 from jmoe.models.random_weights import random_parameters
 from jmoe.quant.spec import parse_spec
 from jmoe.store import orbax
+from jmoe.store.open_source import open_source
 from jmoe.store.orbax import OrbaxSource, is_checkpoint, restore_parameters, save_checkpoint
 from jmoe.store.quantize import quantized_parameters
-from jmoe.store.source import CheckpointSource, open_source
+from jmoe.store.source import CheckpointSource
 from tests.models.configs import mixtral_json
 
 

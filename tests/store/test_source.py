@@ -12,8 +12,9 @@ from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
 from jmoe.store import known_models
 from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.open_source import open_source
 from jmoe.store.parameters import read_parameters
-from jmoe.store.source import CheckpointSource, RandomSource, WeightSource, open_source
+from jmoe.store.source import CheckpointSource, RandomSource, WeightSource
 from tests.faults.checkpoints import FIRST_SHARD, TINY_MIXTRAL, link_model, replace
 from tests.models.configs import mixtral_json
 
