@@ -243,7 +243,8 @@ def test_truncated_and_missing_files_are_noticed(saved, tmp_path):
         text=True,
         timeout=300,
     )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "noticed\nnoticed\n", "")
+    # What Orbax says on stderr of coroutines that it drops depends on the moment.
+    assert (result.returncode, result.stdout) == (0, "noticed\nnoticed\n"), result.stderr
 
 
 def read_everything(source):
