@@ -83,6 +83,7 @@ def test_no_reference_if_none_is_wanted():
 
 
 def test_another_model_as_reference_is_refused(tmp_path: Path):
+    pytest.importorskip("torch")
     write_random_mixtral(RANDOM_MIXTRALS[0], tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((TINY_MIXTRAL / "tokenizer.json").read_bytes())
     result = run_script("eval.py", f"--reference={tmp_path}", *FEW)
