@@ -13,6 +13,7 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.models.decoder import abstract_parameters
+from jmoe.models.weights import component_format
 from jmoe.quant.formats import DenseFormat, Format, QuantFormat
 from jmoe.quant.layout import ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import PART_NAMES
@@ -41,7 +42,8 @@ def iterate_random_parameters(
             layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
             yield random_blobs(layout, shape.shape[0], path_seed)
         elif quant is not None and part in PART_NAMES:
-            fmt = _format_of(name, quant)
+            fmt = component_format(name, quant)
+            assert isinstance(fmt, QuantFormat)
             num_columns = shapes[f"{name}.codes"].shape[-1] * 8 // fmt.bits
             std = _std(name, num_columns)
             yield _random_part(part, shape.shape, shape.dtype, fmt, std, path_seed)
@@ -90,9 +92,3 @@ def _random_part(
 
 def _std(path: str, num_columns: int) -> float:
     return 1.0 if path == "embed_tokens" else num_columns**-0.5
-
-
-def _format_of(path: str, quant: QuantSpec) -> QuantFormat:
-    fmt = {"embed_tokens": quant.embeddings, "lm_head": quant.head}.get(path, quant.attention)
-    assert isinstance(fmt, QuantFormat)
-    return fmt

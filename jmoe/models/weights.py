@@ -10,6 +10,7 @@ from flax import nnx
 
 from jmoe.quant.formats import Format, QuantFormat
 from jmoe.quant.quant_array import PART_NAMES, QuantArray, from_parts
+from jmoe.quant.spec import QuantSpec
 
 
 def parameter(shape: tuple[int, ...], dtype: str) -> nnx.Param:
@@ -28,6 +29,20 @@ class QuantWeight(nnx.Module):
     def __getitem__(self, index: object) -> QuantArray:
         parts = {name: getattr(self, name)[index] for name in PART_NAMES if hasattr(self, name)}
         return from_parts(parts, self.format)
+
+
+def component_format(path: str, quant: QuantSpec) -> Format | None:
+    """The format of a matrix outside of the experts; None if it is never quantized.
+
+    Args:
+      path: of the matrix, as in ``decoder.abstract_parameters`` without quantization.
+      quant: the formats.
+    """
+    if path == "embed_tokens":
+        return quant.embeddings
+    if path == "lm_head":
+        return quant.head
+    return quant.attention if ".attention." in path else None
 
 
 def matrix(shape: tuple[int, int], fmt: Format | None, dtype: str) -> nnx.Param | QuantWeight:

@@ -131,11 +131,6 @@ BF16 = DenseFormat("bfloat16")
 F32 = DenseFormat("float32")
 
 
-def matrix_bytes(fmt: Format, num_rows: int, num_columns: int) -> int:
-    """Bytes of a matrix, without padding."""
-    return sum(part.num_bytes for part in fmt.parts(num_rows, num_columns).values())
-
-
 def parse_format(text: str) -> Format:
     """The inverse of ``str`` (ConfigError)."""
     for dense in (BF16, F32):

@@ -114,6 +114,15 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.nd
     return buffer[offset : offset + num_bytes].view(dtype).reshape(shape)
 
 
+def aligned_as(array: np.ndarray, dtype: np.dtype | type | str) -> np.ndarray:
+    """An aligned array of this type; the same one if it is of this type already."""
+    if array.dtype == jnp.dtype(dtype):
+        return array
+    converted = aligned_empty(array.shape, dtype)
+    converted[...] = array
+    return converted
+
+
 @functools.lru_cache(maxsize=32)
 def _place(layout: ExpertLayout) -> tuple[dict[MatrixName, dict[str, PlacedPart]], int]:
     """Places every part; returns them by matrix, and the size of the blob."""

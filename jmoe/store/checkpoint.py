@@ -17,10 +17,13 @@ import numpy as np
 
 from jmoe.errors import CheckpointError
 from jmoe.store.json_files import read_json_object
+from jmoe.store.reading import read_range
 from jmoe.store.safetensors_file import (
     DOWNLOAD_AGAIN,
+    NUM_SHOWN,
     NUMPY_DTYPES,
     TensorInfo,
+    first_few,
     printable,
     read_header,
 )
@@ -30,7 +33,6 @@ SINGLE_NAME = "model.safetensors"
 
 # A plain file name: a hostile index must neither read elsewhere nor, on the hub, match a pattern.
 _SHARD_NAME = re.compile(r"\w[\w.+-]*\.safetensors", re.ASCII)
-_NUM_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Checkpoint:
         absent = [shard for shard in shards if not os.path.exists(directory / shard)]
         if absent:
             raise CheckpointError(
-                f"{_count(absent, 'shard')} of {len(shards)} missing: {_first(absent)}",
+                f"{_count(absent, 'shard')} of {len(shards)} missing: {first_few(absent)}",
                 where=directory,
                 do="download the missing files",
             )
@@ -81,7 +83,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{_count(misplaced, 'tensor')} not in the shard that {INDEX_NAME} names",
                 where=directory,
-                got=f"no {_first(misplaced)}",
+                got=f"no {first_few(misplaced)}",
                 do="download the index and the shards again, all of one version",
             )
         return cls(
@@ -148,8 +150,8 @@ class Checkpoint:
         for problem, names in problems.items():
             if names:
                 lines.append(f"{_count(names, 'tensor')} {problem}")
-                lines += [f"  {name}" for name in names[:_NUM_SHOWN]]
-                lines += ["  ..."] if len(names) > _NUM_SHOWN else []
+                lines += [f"  {name}" for name in names[:NUM_SHOWN]]
+                lines += ["  ..."] if len(names) > NUM_SHOWN else []
         if lines:
             raise CheckpointError(
                 "the tensors of the checkpoint do not fit its config.json",
@@ -252,7 +254,7 @@ def _no_weights(directory: Path) -> CheckpointError:
     return CheckpointError(
         f"neither {INDEX_NAME} nor {SINGLE_NAME} is there",
         where=directory,
-        got=_first(shards or foreign or names) or "an empty directory",
+        got=first_few(shards or foreign or names) or "an empty directory",
         do=do,
     )
 
@@ -270,29 +272,8 @@ def _numpy_dtype(info: TensorInfo) -> np.dtype:
 
 def _read_bytes(info: TensorInfo, destination: np.ndarray) -> None:
     view = destination.reshape(-1).view(np.uint8).data
-    done = 0
-    try:
-        with open(info.file, "rb", buffering=0) as file:
-            while done < info.num_bytes:  # one call reads at most 2 GiB, and may read less
-                count = os.preadv(file.fileno(), [view[done:]], info.offset + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{info.file.name} became shorter while it was read",
-                        where=info.file.parent,
-                        got=f"{info.offset + done} bytes",
-                        expected=f"at least {info.offset + info.num_bytes}",
-                        do=DOWNLOAD_AGAIN,
-                    )
-                done += count
-    except OSError as e:
-        raise CheckpointError(
-            f"{info.file.name} cannot be read", where=info.file.parent, got=e.strerror
-        ) from None
+    read_range(info.file, info.offset, view, do=DOWNLOAD_AGAIN)
 
 
 def _count(names: list[str], noun: str) -> str:
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")

@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,14 +33,9 @@ from jmoe.store.manifest import (
     Manifest,
     experts_name,
 )
-from jmoe.store.partial import PartialDirectory, partial_path, require_absent
-from jmoe.store.quantize import (
-    OnBytes,
-    ignore_bytes,
-    layer_blobs,
-    shared_parameters,
-    shared_shapes,
-)
+from jmoe.store.partial import PartialDirectory, partial_path, require_absent, require_space
+from jmoe.store.quantize import layer_blobs, shared_parameters, shared_shapes
+from jmoe.store.reading import OnBytes, ignore_bytes
 from jmoe.store.safetensors_writer import NewFile, TensorFile, write_file
 from jmoe.store.source import WeightSource, json_sha256
 
@@ -259,15 +253,12 @@ class Conversion:
         if self._resume and partial.is_dir():
             forms = {file.name: file.form.num_bytes for file in self._files}
             needed -= sum(forms.get(file.name, 0) for file in partial.iterdir())
-        free = shutil.disk_usage(self._output.parent).free
-        if needed > free:
-            raise CapacityError(
-                "the converted model does not fit on the disk",
-                where=self._output.parent,
-                got=f"{free / 2**30:,.2f} GiB free",
-                expected=f"{needed / 2**30:,.2f} GiB",
-                do="free space, convert to another disk, or to fewer bits",
-            )
+        require_space(
+            self._output.parent,
+            needed,
+            what="the converted model does not fit",
+            do="free space, convert to another disk, or to fewer bits",
+        )
 
 
 class _Writer:

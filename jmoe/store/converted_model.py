@@ -1,7 +1,7 @@
 """A model that convert.py wrote: opened in a moment, its experts used where they lie."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,9 @@ from jmoe.config import ModelConfig
 from jmoe.errors import CheckpointError, ConfigError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
+from jmoe.models.weights import component_format
 from jmoe.quant.formats import DenseFormat
-from jmoe.quant.layout import ExpertLayout, aligned_empty
+from jmoe.quant.layout import ExpertLayout, aligned_as, aligned_empty
 from jmoe.quant.quant_array import PART_NAMES
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
@@ -35,15 +36,16 @@ from jmoe.store.manifest import (
     Manifest,
     experts_name,
 )
-from jmoe.store.safetensors_file import NUMPY_DTYPES, TensorInfo, printable, read_header
+from jmoe.store.reading import OnBytes, ignore_bytes
+from jmoe.store.safetensors_file import (
+    NUMPY_DTYPES,
+    TensorInfo,
+    first_few,
+    printable,
+    read_header,
+)
 
 STORED_DTYPES: Mapping[str, np.dtype] = {"U8": np.dtype(np.uint8), **NUMPY_DTYPES}
-
-OnBytes = Callable[[int], object]
-
-
-def _ignore(num_bytes: int) -> None:
-    pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,9 @@ class ConvertedModel:
     _shared: Mapping[str, TensorInfo]  # by path
 
     @classmethod
-    def open(cls, directory: Path, *, verify: bool = False, on_bytes: OnBytes = _ignore) -> Self:
+    def open(
+        cls, directory: Path, *, verify: bool = False, on_bytes: OnBytes = ignore_bytes
+    ) -> Self:
         """Opens and checks a store; reads headers only, whatever its size.
 
         Args:
@@ -128,7 +132,7 @@ class ConvertedModel:
     def open_experts(
         self,
         host_memory: str = "auto",
-        on_bytes: OnBytes = _ignore,
+        on_bytes: OnBytes = ignore_bytes,
         *,
         available_bytes: int | None = None,
     ) -> ExpertStore:
@@ -157,7 +161,7 @@ class ConvertedModel:
         )
 
     def parameters(
-        self, store: ExpertStore, dtype: str, on_bytes: OnBytes = _ignore
+        self, store: ExpertStore, dtype: str, on_bytes: OnBytes = ignore_bytes
     ) -> Iterator[np.ndarray]:
         """All parameters, in the order of ``decoder.abstract_parameters`` with ``self.quant``.
 
@@ -179,12 +183,7 @@ class ConvertedModel:
                 layer += 1
             else:
                 info = self._shared[path]
-                array = self._read(info, on_bytes)
-                if array.dtype != parameter.dtype:
-                    converted = aligned_empty(array.shape, parameter.dtype)
-                    converted[...] = array
-                    array = converted
-                yield array
+                yield aligned_as(self._read(info, on_bytes), parameter.dtype)
 
     def _read(self, info: TensorInfo, on_bytes: OnBytes) -> np.ndarray:
         array = aligned_empty(info.shape, STORED_DTYPES[info.dtype])
@@ -223,7 +222,7 @@ def _find_blobs(path: Path, num_experts: int, layout: ExpertLayout) -> TensorInf
         raise CheckpointError(
             f"{path.name} does not hold the experts of a layer in the manifest's formats",
             where=path.parent,
-            got=_first(shown) or "no tensors",
+            got=first_few(shown) or "no tensors",
             expected=expected,
             do=CONVERT_AGAIN,
         )
@@ -258,7 +257,7 @@ def _find_shared(
         ],
     }
     found = [
-        f"{len(names)} tensor{'' if len(names) == 1 else 's'} {problem}: {_first(names)}"
+        f"{len(names)} tensor{'' if len(names) == 1 else 's'} {problem}: {first_few(names)}"
         for problem, names in problems.items()
         if names
     ]
@@ -281,7 +280,7 @@ def _dtypes(path: str, part_dtype: np.dtype, quant: QuantSpec) -> tuple[str, ...
     if last in ("scale", "router"):  # as the source had it
         return tuple(NUMPY_DTYPES)
     if last not in PART_NAMES:
-        fmt = {"embed_tokens": quant.embeddings, "lm_head": quant.head}.get(path, quant.attention)
+        fmt = component_format(path, quant)
         assert isinstance(fmt, DenseFormat), path
         part_dtype = jnp.dtype(fmt.dtype)
     return tuple(name for name, dtype in STORED_DTYPES.items() if dtype == part_dtype)
@@ -296,7 +295,3 @@ def _check_alignment(info: TensorInfo, alignment: int) -> None:
             expected=f"a multiple of {alignment}",
             do=CONVERT_AGAIN,
         )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -4,7 +4,7 @@ Knows bytes, not arithmetic. The CPU backend computes from these bytes, transfer
 start from them, and if they are mapped they are those of the file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import jax
@@ -20,6 +20,7 @@ from jmoe.store.host_memory import (
     read_files,
 )
 from jmoe.store.page_lock import PageLock, lock_pages
+from jmoe.store.reading import OnBytes, ignore_bytes
 
 
 class ExpertStore:
@@ -68,7 +69,7 @@ class ExpertStore:
         *,
         host_memory: str,
         available_bytes: int,
-        on_bytes: Callable[[int], object] = lambda num_bytes: None,
+        on_bytes: OnBytes = ignore_bytes,
     ) -> Self:
         """Maps or loads the experts of a model.
 

@@ -11,13 +11,14 @@ import concurrent.futures
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jmoe.errors import CapacityError, CheckpointError, ConfigError
+from jmoe.store.reading import OnBytes, ignore_bytes, read_range, too_short
 
 HostMemory = Literal["mmap", "ram"]
 HOST_MEMORY_CHOICES = ("auto", "mmap", "ram")
@@ -25,6 +26,7 @@ HOST_MEMORY_CHOICES = ("auto", "mmap", "ram")
 HUGE_PAGE_BYTES = 1 << 21
 _PIECE_BYTES = 1 << 24  # what one thread reads at a time; an interrupt waits for this much
 _MAX_THREADS = 8
+_COPY_AGAIN = "copy the file again"
 _MARGIN_BYTES = 1 << 30  # what the rest of the process may need, beside a tenth of free memory
 
 
@@ -32,6 +34,16 @@ class FileRange(NamedTuple):
     path: Path
     offset: int
     num_bytes: int
+
+
+def check_choice(requested: str) -> None:
+    """Raises ConfigError unless this is one of HOST_MEMORY_CHOICES."""
+    if requested not in HOST_MEMORY_CHOICES:
+        raise ConfigError(
+            "unknown kind of host memory",
+            got=repr(requested),
+            expected=f"one of {', '.join(HOST_MEMORY_CHOICES)}",
+        )
 
 
 def choose_host_memory(
@@ -54,6 +66,7 @@ def choose_host_memory(
       ConfigError: no such request.
       CapacityError: "ram" was asked for and does not fit.
     """
+    check_choice(requested)
     sizes = f"{_size(num_bytes)} of experts, {_size(available_bytes)} of memory free"
     if requested == "mmap":
         return "mmap", "as asked for"
@@ -66,12 +79,6 @@ def choose_host_memory(
                 do="use --host_memory=mmap, or convert to fewer bits",
             )
         return "ram", "as asked for"
-    if requested != "auto":
-        raise ConfigError(
-            "unknown kind of host memory",
-            got=repr(requested),
-            expected=f"one of {', '.join(HOST_MEMORY_CHOICES)}",
-        )
     if num_bytes + _MARGIN_BYTES <= 0.9 * available_bytes:
         return "ram", sizes
     return "mmap", f"{sizes}, too little to hold them with a margin"
@@ -89,8 +96,9 @@ def map_file(part: FileRange) -> np.ndarray:
     try:
         with open(part.path, "rb") as file:
             end = part.offset + part.num_bytes
-            if os.fstat(file.fileno()).st_size < end:
-                raise _too_short(part, os.fstat(file.fileno()).st_size)
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes < end:
+                raise too_short(part.path, num_bytes, end, _COPY_AGAIN)
             # From the start of the file: an offset must be a multiple of the system's pages,
             # which may be larger than those that the file was aligned for.
             mapped = mmap.mmap(file.fileno(), end, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -133,7 +141,7 @@ def allocate(num_bytes: int) -> np.ndarray:
 
 def read_files(
     parts: Sequence[tuple[FileRange, np.ndarray]],
-    on_bytes: Callable[[int], object] = lambda num_bytes: None,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> None:
     """Fills arrays from files, several pieces at a time.
 
@@ -166,29 +174,8 @@ def read_files(
 
 
 def _read_piece(source: FileRange, destination: np.ndarray) -> int:
-    done = 0
-    try:
-        with open(source.path, "rb", buffering=0) as file:
-            while done < source.num_bytes:
-                count = os.preadv(file.fileno(), [destination.data[done:]], source.offset + done)
-                if count == 0:
-                    raise _too_short(source, source.offset + done)
-                done += count
-    except OSError as error:
-        raise CheckpointError(
-            f"{source.path.name} cannot be read", where=source.path.parent, got=error.strerror
-        ) from None
-    return done
-
-
-def _too_short(source: FileRange, file_bytes: int) -> CheckpointError:
-    return CheckpointError(
-        f"{source.path.name} became shorter after it was opened",
-        where=source.path.parent,
-        got=f"{file_bytes} bytes",
-        expected=f"at least {source.offset + source.num_bytes}",
-        do="copy the file again",
-    )
+    read_range(source.path, source.offset, destination.data, do=_COPY_AGAIN)
+    return source.num_bytes
 
 
 def _advise_huge_pages(mapped: mmap.mmap) -> None:

@@ -12,13 +12,8 @@ import re
 from pathlib import Path
 
 from jmoe.errors import CheckpointError
-from jmoe.store.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    printable,
-    read_weight_map,
-    require_directory,
-)
+from jmoe.store.checkpoint import INDEX_NAME, SINGLE_NAME, read_weight_map, require_directory
+from jmoe.store.safetensors_file import first_few, printable
 
 _SMALL_FILES = (
     "config.json",
@@ -110,9 +105,9 @@ def _download(repo_id: str, revision: str, config_only: bool) -> Path:
     snapshot_download(repo_id, revision=commit, allow_patterns=[*_SMALL_FILES, *weights])
     absent = [file for file in weights if not (directory / file).exists()]
     if absent:
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise CheckpointError(
-            f"{repo_id} is not wholly in the cache and could not be completed: {shown} missing",
+            f"{repo_id} is not wholly in the cache and could not be completed: "
+            f"{first_few(absent)} missing",
             where=directory,
             do="use a model with safetensors weights; if it has them, run again with network "
             "access and without HF_HUB_OFFLINE",

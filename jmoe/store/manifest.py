@@ -28,7 +28,8 @@ from jmoe.quant.solver import METHODS, Method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from jmoe.store.json_files import read_json_object
-from jmoe.store.safetensors_file import printable
+from jmoe.store.reading import OnBytes, ignore_bytes
+from jmoe.store.safetensors_file import first_few, printable
 
 FORMAT = "jmoe-store"
 FORMAT_VERSION = 1
@@ -181,7 +182,7 @@ class Manifest:
             raise CheckpointError(
                 f"{MANIFEST_NAME} does not list the files of a store of {num_layers} layers",
                 where=directory,
-                got=_first([f"no {name}" for name in missing] + extra),
+                got=first_few([f"no {name}" for name in missing] + extra),
                 do=CONVERT_AGAIN,
             )
         for name, entry in self.files.items():
@@ -207,9 +208,7 @@ class Manifest:
                     do=f"copy the whole directory again, or {CONVERT_AGAIN}",
                 )
 
-    def check_contents(
-        self, directory: Path, on_bytes: Callable[[int], object] = lambda num_bytes: None
-    ) -> None:
+    def check_contents(self, directory: Path, on_bytes: OnBytes = ignore_bytes) -> None:
         """Reads every file and compares its hash with the manifest.
 
         Args:
@@ -281,7 +280,7 @@ def check_quant(manifest: Manifest, requested: str | None) -> None:
         )
 
 
-def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda num_bytes: None) -> str:
+def hash_file(path: Path, on_bytes: OnBytes = ignore_bytes) -> str:
     """SHA-256 of a file in hexadecimal (CheckpointError if it cannot be read)."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_HASH_CHUNK_BYTES))
@@ -361,7 +360,3 @@ def _malformed(directory: Path, key: str, value: Any) -> CheckpointError:
 
 def _shown(value: Any) -> str:
     return printable(value if isinstance(value, str) else json.dumps(value)[:200])
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -27,14 +27,15 @@ import numpy as np
 from absl import logging
 
 from jmoe.config import ModelConfig
-from jmoe.errors import CapacityError, CheckpointError, JmoeError, RequestError
+from jmoe.errors import CheckpointError, JmoeError, RequestError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
 from jmoe.quant.layout import aligned_empty
 from jmoe.store.checkpoint import require_directory
 from jmoe.store.json_files import read_config_json, read_json_object
 from jmoe.store.manifest import CONFIG_NAME
-from jmoe.store.partial import partial_path
+from jmoe.store.partial import partial_path, require_space
+from jmoe.store.reading import OnBytes, ignore_bytes
 from jmoe.store.safetensors_writer import sync_directory, write_file
 from jmoe.store.source import find_side_files, json_sha256
 
@@ -174,9 +175,7 @@ class OrbaxSource:
             array = (store if expert is None else store[expert]).read().result()
         return np.ascontiguousarray(array)
 
-    def parameters(
-        self, dtype: str, on_bytes: Callable[[int], object] = lambda num_bytes: None
-    ) -> Iterator[np.ndarray]:
+    def parameters(self, dtype: str, on_bytes: OnBytes = ignore_bytes) -> Iterator[np.ndarray]:
         """Reads all parameters as ``parameters.read_parameters`` does, matrix by matrix.
 
         Args:
@@ -301,15 +300,12 @@ def _make_partial(output: Path, num_bytes: int) -> Path:
     partial = partial_path(output)
     _require_absent(output)
     try:
-        free = shutil.disk_usage(output.parent).free
-        if num_bytes > free:
-            raise CapacityError(
-                "the parameters do not fit on the disk",
-                where=output.parent,
-                got=f"{free / 2**30:,.2f} GiB free",
-                expected=f"{num_bytes / 2**30:,.2f} GiB",
-                do="free space, or save to another disk",
-            )
+        require_space(
+            output.parent,
+            num_bytes,
+            what="the parameters do not fit",
+            do="free space, or save to another disk",
+        )
         partial.mkdir()
     except FileExistsError:
         raise RequestError(

@@ -1,6 +1,6 @@
 """From a checkpoint to the decoder's parameters, one host array after another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jmoe.config import ModelConfig
 from jmoe.models import families
 from jmoe.quant.layout import aligned_empty
 from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.reading import OnBytes, ignore_bytes
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -29,7 +30,7 @@ def read_parameters(
     checkpoint: Checkpoint,
     config: ModelConfig,
     dtype: str,
-    on_bytes: Callable[[int], object] = lambda num_bytes: None,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> Iterator[np.ndarray]:
     """Reads the parameters in the order of ``decoder.abstract_parameters``.
 

@@ -9,11 +9,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jmoe.errors import CheckpointError, RequestError
+from jmoe.errors import CapacityError, CheckpointError, RequestError
 from jmoe.store.json_files import read_json_object
 from jmoe.store.manifest import (
     MANIFEST_NAME,
@@ -148,6 +149,19 @@ class PartialDirectory:
 
 def partial_path(output: Path) -> Path:
     return output.with_name(output.name + PARTIAL_SUFFIX)
+
+
+def require_space(directory: Path, num_bytes: int, *, what: str, do: str) -> None:
+    """Raises CapacityError if the disk of a directory has not so much room (or OSError)."""
+    free = shutil.disk_usage(directory).free
+    if num_bytes > free:
+        raise CapacityError(
+            f"{what} on the disk",
+            where=directory,
+            got=f"{free / 2**30:,.2f} GiB free",
+            expected=f"{num_bytes / 2**30:,.2f} GiB",
+            do=do,
+        )
 
 
 def require_absent(output: Path) -> None:

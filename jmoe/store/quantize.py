@@ -5,40 +5,28 @@ in the processor's cache; rows do not depend on each other, so the pieces do not
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jmoe.errors import CheckpointError
 from jmoe.models.decoder import abstract_parameters
+from jmoe.models.weights import component_format
 from jmoe.quant.formats import DenseFormat, Format, QuantFormat
-from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
+from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_as, aligned_empty
 from jmoe.quant.quant_array import PART_NAMES
 from jmoe.quant.solver import Method, quantize
 from jmoe.quant.spec import QuantSpec
+from jmoe.store.finite import is_finite
+from jmoe.store.reading import OnBytes, ignore_bytes
 from jmoe.store.source import WeightSource
 
 _PIECE_WEIGHTS = 1 << 20
-_CHECK_ITEMS = 1 << 20
 # Each holds a piece and what is made of it.
 _MAX_THREADS = 32
-
-# Per type: an unsigned integer of its size, and the bits of infinity.
-_INFINITY = {
-    "bfloat16": (np.uint16, 0x7F80),
-    "float16": (np.uint16, 0x7C00),
-    "float32": (np.uint32, 0x7F800000),
-}
-
-OnBytes = Callable[[int], object]
-
-
-def ignore_bytes(num_bytes: int) -> None:
-    """An OnBytes that does nothing."""
 
 
 class MatrixKey(NamedTuple):
@@ -129,27 +117,6 @@ def _require_finite(finite: bool, where: str) -> None:
         )
 
 
-def _convert(array: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
-    """An aligned array of this type; the same one if it is of this type already."""
-    if array.dtype == jnp.dtype(dtype):
-        return array
-    converted = aligned_empty(array.shape, dtype)
-    converted[...] = array
-    return converted
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether there is neither NaN nor infinity in a C-contiguous array of a float type."""
-    uint, infinity = _INFINITY[array.dtype.name]
-    bits = array.reshape(-1).view(uint)
-    sign = uint(1 << (8 * array.itemsize - 1))
-    # Of two floats without sign the larger has the larger bits.
-    return all(
-        int(np.max(bits[start : start + _CHECK_ITEMS] & ~sign)) < infinity
-        for start in range(0, bits.size, _CHECK_ITEMS)
-    )
-
-
 def read_ahead(
     source: WeightSource, keys: Iterable[MatrixKey], on_bytes: OnBytes = ignore_bytes
 ) -> Iterator[tuple[MatrixKey, np.ndarray]]:
@@ -209,34 +176,6 @@ def layer_blobs(
         yield blob
 
 
-def fill_blob(
-    source: WeightSource,
-    layer: int,
-    expert: int,
-    layout: ExpertLayout,
-    method: Method,
-    blob: np.ndarray,
-) -> None:
-    """Makes the blob of one expert: uint8 [layout.num_bytes], aligned to 64.
-
-    Raises:
-      CheckpointError: weights that are not finite or cannot be read.
-    """
-    blob[:] = 0
-    for matrix, parts in layout.host_views(blob).items():
-        key = MatrixKey(f"layers.{layer}.experts.{matrix}", expert)
-        store_matrix(source.read(*key), layout.format(matrix), method, parts, where=str(key))
-
-
-def component_format(path: str, quant: QuantSpec) -> Format | None:
-    """The format of a matrix outside of the experts; None if it is never quantized."""
-    if path == "embed_tokens":
-        return quant.embeddings
-    if path == "lm_head":
-        return quant.head
-    return quant.attention if ".attention." in path else None
-
-
 def matrix_paths(source: WeightSource, quant: QuantSpec) -> list[str]:
     """Paths of all parameters outside of the experts, in the order of abstract_parameters."""
     paths = abstract_parameters(source.config, "bfloat16", quant)
@@ -277,7 +216,7 @@ def shared_parameters(
             for name, part in quantize_matrix(w, fmt, method, where=str(key)).items():
                 yield f"{key.path}.{name}", part
             continue
-        values = w if fmt is None else _convert(w, fmt.dtype)
+        values = w if fmt is None else aligned_as(w, fmt.dtype)
         _require_finite(is_finite(values), str(key))
         yield key.path, values
 
@@ -316,4 +255,4 @@ def quantized_parameters(
         while path not in made:
             name, array = next(shared)
             made[name] = array
-        yield _convert(made.pop(path), shape.dtype)
+        yield aligned_as(made.pop(path), shape.dtype)

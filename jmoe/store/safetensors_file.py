@@ -12,7 +12,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 
 DOWNLOAD_AGAIN = "download the file again"
+NUM_SHOWN = 5  # names in a message
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _LENGTH_BYTES = 8
@@ -61,6 +62,11 @@ class TensorInfo:
 def printable(name: str) -> str:
     """A name out of a file, safe to show on a terminal."""
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first of some names, for a message; dots stand for the others."""
+    return ", ".join(names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

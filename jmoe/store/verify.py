@@ -9,29 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from jmoe.models import families
 from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.finite import NonFinite, count_non_finite
 from jmoe.store.json_files import read_config_json
 from jmoe.store.parameters import check_tensors
 from jmoe.store.safetensors_file import NUMPY_DTYPES
-
-# Per type: an unsigned integer of its size, and the exponent bits, all set in NaN and infinity.
-_EXPONENTS = {
-    "BF16": (np.uint16, np.uint16(0x7F80)),
-    "F16": (np.uint16, np.uint16(0x7C00)),
-    "F32": (np.uint32, np.uint32(0x7F800000)),
-}
-_CHUNK_ELEMENTS = 1 << 22  # keeps temporaries small beside the tensor
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class NonFinite:
-    """How many elements of one tensor are not numbers."""
-
-    num_nan: int
-    num_inf: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,21 +74,9 @@ def find_non_finite(
     in_order = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
     for info in in_order:
         if info.dtype in NUMPY_DTYPES:
-            counts = _count_non_finite(checkpoint.read(info.name), *_EXPONENTS[info.dtype])
+            counts = count_non_finite(checkpoint.read(info.name))
             if counts.num_nan or counts.num_inf:
                 found[info.name] = counts
         done_bytes += info.num_bytes
         progress(done_bytes, checkpoint.total_bytes)
     return found
-
-
-def _count_non_finite(tensor: np.ndarray, uint: type, exponent: np.unsignedinteger) -> NonFinite:
-    bits = tensor.reshape(-1).view(uint)
-    magnitude = exponent | (exponent - uint(1))  # all bits but the sign
-    num_nan = num_inf = 0
-    for start in range(0, bits.size, _CHUNK_ELEMENTS):
-        unsigned = bits[start : start + _CHUNK_ELEMENTS] & magnitude
-        # Of two floats without sign the larger has the larger bits; infinity has the exponent only.
-        num_inf += int(np.count_nonzero(unsigned == exponent))
-        num_nan += int(np.count_nonzero(unsigned > exponent))
-    return NonFinite(num_nan=num_nan, num_inf=num_inf)

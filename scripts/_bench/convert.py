@@ -23,6 +23,7 @@ from _bench.statistics import summarize, take_turns
 from jmoe.api import EMBEDDED_MODEL
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
+from jmoe.models.weights import component_format
 from jmoe.quant.formats import QuantFormat
 from jmoe.quant.layout import MATRICES, ExpertLayout
 from jmoe.quant.solver import METHODS, Method
@@ -30,7 +31,7 @@ from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.store import hub
 from jmoe.store.convert import Conversion
 from jmoe.store.open_source import open_source
-from jmoe.store.quantize import component_format, matrix_paths
+from jmoe.store.quantize import matrix_paths
 from jmoe.store.safetensors_writer import NewFile, TensorFile, write_file
 from jmoe.store.source import CheckpointSource, RandomSource
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 from jmoe.errors import CapacityError, CheckpointError, ConfigError, JmoeError, RequestError
 from jmoe.models import families
 from jmoe.quant.spec import PRESETS, parse_spec
-from jmoe.store import convert, safetensors_writer
+from jmoe.store import safetensors_writer
 from jmoe.store.convert import Conversion
 from jmoe.store.open_source import open_source
 from jmoe.store.partial import partial_path
@@ -100,8 +101,8 @@ def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before(tmp_path: Path, monkeypatch):
-    usage = convert.shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     error = _refused(tmp_path, tmp_path / "out")
     assert isinstance(error, CapacityError)
     assert "does not fit on the disk" in str(error)

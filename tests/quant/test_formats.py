@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jmoe.errors import ConfigError
-from jmoe.quant.formats import BF16, F32, QuantFormat, matrix_bytes, parse_format
+from jmoe.quant.formats import BF16, F32, Format, QuantFormat, parse_format
 from jmoe.quant.spec import PRESETS, QuantSpec, parse_spec
 from tests.quant.cases import quant_format
 
@@ -69,14 +69,18 @@ def test_other_group_sizes_are_refused(size):
     assert caught.value.expected == "a power of two from 16 to 256"
 
 
+def _matrix_bytes(fmt: Format, num_rows: int, num_columns: int) -> int:
+    return sum(part.num_bytes for part in fmt.parts(num_rows, num_columns).values())
+
+
 def test_bytes_of_a_matrix():
-    assert matrix_bytes(BF16, 8, 64) == 8 * 64 * 2
-    assert matrix_bytes(F32, 8, 64) == 8 * 64 * 4
-    assert matrix_bytes(parse_format("8g64sf"), 8, 64) == 8 * (64 + 2)
-    assert matrix_bytes(parse_format("4g64f"), 8, 128) == 8 * (64 + 2 * 2 * 2)
+    assert _matrix_bytes(BF16, 8, 64) == 8 * 64 * 2
+    assert _matrix_bytes(F32, 8, 64) == 8 * 64 * 4
+    assert _matrix_bytes(parse_format("8g64sf"), 8, 64) == 8 * (64 + 2)
+    assert _matrix_bytes(parse_format("4g64f"), 8, 128) == 8 * (64 + 2 * 2 * 2)
     # Codes, scales and zero points of 4 groups, and four floats for them.
-    assert matrix_bytes(parse_format("3g32"), 8, 128) == 8 * (48 + 4 + 4 + 16)
-    assert matrix_bytes(parse_format("2g16s"), 8, 128) == 8 * (32 + 8 + 8)
+    assert _matrix_bytes(parse_format("3g32"), 8, 128) == 8 * (48 + 4 + 4 + 16)
+    assert _matrix_bytes(parse_format("2g16s"), 8, 128) == 8 * (32 + 8 + 8)
 
 
 @pytest.mark.parametrize(

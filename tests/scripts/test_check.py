@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from jmoe.errors import CheckpointError, ConfigError
-from jmoe.store import verify
+from jmoe.store import finite, verify
 from jmoe.store.checkpoint import Checkpoint
+from jmoe.store.finite import NonFinite
 from tests.faults.checkpoints import (
     DIRECTORY_FAULTS,
     FIRST_SHARD,
@@ -139,7 +140,7 @@ def test_progress_ends_at_all_bytes():
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 def test_non_finite_values_of_every_type(dtype, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(verify, "_CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr(finite, "_CHUNK_ELEMENTS", 4)
     finfo = ml_dtypes.finfo(dtype)
     values = [finfo.max, finfo.min, finfo.tiny, -0.0, np.nan, -np.nan, np.inf, -np.inf, -np.inf]
     sound = np.array(values[:4], dtype)
@@ -154,6 +155,6 @@ def test_non_finite_values_of_every_type(dtype, tmp_path: Path, monkeypatch):
         tmp_path / "model.safetensors",
     )
     assert verify.find_non_finite(Checkpoint.open(tmp_path)) == {
-        "bad": verify.NonFinite(num_nan=2, num_inf=3),
-        "scalar": verify.NonFinite(num_nan=0, num_inf=1),
+        "bad": NonFinite(num_nan=2, num_inf=3),
+        "scalar": NonFinite(num_nan=0, num_inf=1),
     }

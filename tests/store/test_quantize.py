@@ -14,10 +14,10 @@ from jmoe.quant.layout import MATRICES, ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import QuantArray, from_parts, validate
 from jmoe.quant.solver import METHODS, quantize
 from jmoe.quant.spec import PRESETS, QuantSpec, parse_spec
+from jmoe.store import finite
 from jmoe.store import quantize as store_quantize
+from jmoe.store.finite import is_finite
 from jmoe.store.quantize import (
-    fill_blob,
-    is_finite,
     layer_blobs,
     matrix_paths,
     quantize_matrix,
@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(fmt, place, value, monk
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_finite_is_neither_nan_nor_infinite(dtype, monkeypatch):
-    monkeypatch.setattr(store_quantize, "_CHECK_ITEMS", 4)
+    monkeypatch.setattr(finite, "_CHUNK_ELEMENTS", 4)
     finfo = ml_dtypes.finfo(dtype)
     sound = np.array([finfo.max, finfo.min, finfo.tiny, -0.0, 0, 1, -1], dtype)
     assert is_finite(sound)
@@ -103,11 +103,11 @@ def test_blobs_hold_the_matrices_of_their_expert(quant: str):
     layout = ExpertLayout.of(64, 128, spec)
     blobs = list(layer_blobs(source, 1, layout, "rtn"))
     assert len(blobs) == 4
+    used_before = aligned_empty((4, layout.num_bytes), np.uint8)
+    used_before[:] = 255
+    assert len(list(layer_blobs(source, 1, layout, "rtn", used_before))) == 4
     for expert, blob in enumerate(blobs):
-        alone = aligned_empty((layout.num_bytes,), np.uint8)
-        alone[:] = 255
-        fill_blob(source, 1, expert, layout, "rtn", alone)
-        np.testing.assert_array_equal(blob, alone)
+        np.testing.assert_array_equal(blob, used_before[expert])
         for matrix in MATRICES:
             w, fmt = source.read(f"layers.1.experts.{matrix}", expert), layout.format(matrix)
             if isinstance(fmt, DenseFormat):
