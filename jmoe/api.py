@@ -1,7 +1,6 @@
 """The public surface: load a model, generate text."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jmoe.loading import EMBEDDED_MODEL as EMBEDDED_MODEL
 from jmoe.loading import LoadOptions, find_model
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
+from jmoe.planning import sizes
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
 from jmoe.store import orbax
@@ -116,8 +116,7 @@ class LLM:
 
     @property
     def num_parameters(self) -> int:
-        shapes = abstract_parameters(self.config).values()
-        return sum(math.prod(shape.shape) for shape in shapes)
+        return sizes.total(sizes.weight_sizes(self.config)).num_weights
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Generates text for one prompt, or for several as one batch.

@@ -6,7 +6,6 @@ are quantized on the way, or are quantized already.
 """
 
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,14 +21,15 @@ from jmoe.engines.memory import check_fits
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import ConfigError, RequestError
 from jmoe.models import families
-from jmoe.models.decoder import abstract_parameters
 from jmoe.models.random_weights import iterate_random_parameters
+from jmoe.planning import sizes
 from jmoe.planning.memory import available_host_bytes
 from jmoe.quant.solver import Method, check_method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.store import hub, orbax
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.converted_model import ConvertedModel
+from jmoe.store.host_memory import check_choice
 from jmoe.store.json_files import read_config_json
 from jmoe.store.known_models import read_shape, require_weights
 from jmoe.store.manifest import check_quant, is_store, require_complete
@@ -64,14 +64,8 @@ class LoadOptions:
             raise ConfigError(
                 "unknown dtype", got=repr(self.dtype), expected="auto, float32 or bfloat16"
             )
-        if self.host_memory not in ("auto", "mmap", "ram"):
-            raise ConfigError(
-                "unknown kind of host memory",
-                got=repr(self.host_memory),
-                expected="auto, mmap or ram",
-            )
-        if self.quant is not None:
-            parse_spec(self.quant)
+        check_choice(self.host_memory)
+        _ = self.spec  # which raises
         check_method(self.method)
         if self.num_layers is not None and not self.random_weights:
             raise RequestError(
@@ -79,6 +73,11 @@ class LoadOptions:
                 got=self.num_layers,
                 do="add --random_weights, or leave --num_layers out",
             )
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        """What ``quant`` says."""
+        return None if self.quant is None else parse_spec(self.quant)
 
 
 class FoundModel(NamedTuple):
@@ -118,8 +117,8 @@ def find_model(
     require_complete(directory)
     if is_store(directory):
         return _find_store(name, directory, options, device)
-    if options.quant is not None:
-        return _find_source(name, directory, parse_spec(options.quant), options, device)
+    if options.spec is not None:
+        return _find_source(name, directory, options.spec, options, device)
     if orbax.is_checkpoint(directory):
         return _find_orbax(name, directory, options, device)
     return _find_checkpoint(name, directory, options, device)
@@ -140,8 +139,7 @@ def default_device() -> jax.Device:
 
 def parameter_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None = None) -> int:
     """Size of a model's weights."""
-    shapes = abstract_parameters(config, dtype, quant).values()
-    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)
+    return sizes.total(sizes.weight_sizes(config, dtype, quant)).num_bytes
 
 
 def _find_checkpoint(
@@ -232,7 +230,7 @@ def _find_random(model: str | Path | None, options: LoadOptions, device: jax.Dev
         )
     config_json = read_shape(model, options.num_layers)
     config = families.config_from_json(config_json, model)
-    quant = None if options.quant is None else parse_spec(options.quant)
+    quant = options.spec
     dtype = _choose_dtype(options.dtype, config, device, quant)
     num_bytes = _check_size(config, dtype, quant, device)
     name = f"random weights of the shape {Path(model).stem}"

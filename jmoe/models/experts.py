@@ -216,18 +216,22 @@ class BlockPlan:
     row_of_assignment: Int[Array, " A"]
 
 
+def max_num_blocks(num_assignments: int, num_experts: int, block_rows: int) -> int:
+    """Blocks of the worst case: every expert used fills its last block with a single row."""
+    max_used = min(num_experts, num_assignments)
+    return (num_assignments + max_used * (block_rows - 1)) // block_rows
+
+
 def plan_blocks(
     ids_TK: Int[Array, "T K"], valid_T: Bool[Array, " T"], num_experts: int, block_rows: int
 ) -> BlockPlan:
     """Groups assignments by expert into blocks of block_rows rows of one expert each.
 
-    The arrays have room for the worst case, in which every expert used fills its last block
-    with a single row.
+    The arrays have room for the worst case.
     """
     num_tokens, top_k = ids_TK.shape
     num_assignments = num_tokens * top_k
-    max_used = min(num_experts, num_assignments)
-    max_blocks = (num_assignments + max_used * (block_rows - 1)) // block_rows
+    max_blocks = max_num_blocks(num_assignments, num_experts, block_rows)
     num_rows = max_blocks * block_rows
 
     ids_A = jnp.where(valid_T[:, None], ids_TK, num_experts).reshape(-1)

@@ -17,7 +17,7 @@ from jmoe.config import ModelConfig
 from jmoe.errors import RequestError
 from jmoe.models import kv_cache
 from jmoe.models.decoder import abstract_parameters
-from jmoe.models.experts import choose_form
+from jmoe.models.experts import choose_form, max_num_blocks
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 from jmoe.quant.formats import DenseFormat
 from jmoe.quant.layout import ExpertLayout
@@ -147,24 +147,16 @@ def workspace(config: ModelConfig, dtype: str, *, batch_size: int, num_positions
     num_keys = kv_cache.bucket_capacity(num_positions)
     form = choose_form(num_tokens, config, "gpu")
     tile_bytes = min(form.tile_bytes or 0, hidden * width * item_bytes)
-    num_rows = _expert_rows(num_tokens, form.block_rows, config)
+    num_assignments = num_tokens * config.router.top_k
+    num_blocks = max_num_blocks(num_assignments, config.router.num_experts, form.block_rows)
+    num_rows = num_blocks * form.block_rows + 1  # and one of zeros
     return Workspace(
         attention=num_tokens * config.num_attention_heads * num_keys * (4 + item_bytes),
-        experts=tile_bytes
-        + 2 * form.block_rows * width * 4
-        + num_tokens * config.router.top_k * hidden * 4,
+        experts=tile_bytes + 2 * form.block_rows * width * 4 + num_assignments * hidden * 4,
         expert_rows=num_rows * hidden * 4,
         hidden_states=num_tokens * hidden * (4 + item_bytes),
         logits=4 * batch_size * config.vocab_size * 4,
     )
-
-
-def _expert_rows(num_tokens: int, block_rows: int, config: ModelConfig) -> int:
-    """Rows of ``experts.plan_blocks``, and one of zeros."""
-    num_assignments = num_tokens * config.router.top_k
-    num_used = min(config.router.num_experts, num_assignments)
-    max_blocks = (num_assignments + num_used * (block_rows - 1)) // block_rows
-    return max_blocks * block_rows + 1
 
 
 def _sizes(

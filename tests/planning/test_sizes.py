@@ -170,18 +170,19 @@ def test_the_workspace_is_near_what_xla_plans(batch_size, num_positions, dtype, 
     assert workspace.num_bytes / 2**20 == pytest.approx(mib, rel=0.06)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 64, 500])
+@pytest.mark.parametrize("num_tokens", [16, 64, 512])  # lengths of chunks
 def test_rows_of_the_experts_are_those_of_their_plan(num_tokens: int):
     config = small_config()
-    form = choose_form(num_tokens, config, "cpu")
+    form = choose_form(num_tokens, config, "gpu")
     router = config.router
     plan = jax.eval_shape(
         lambda ids, valid: plan_blocks(ids, valid, router.num_experts, form.block_rows),
         jax.ShapeDtypeStruct((num_tokens, router.top_k), "int32"),
         jax.ShapeDtypeStruct((num_tokens,), "bool"),
     )
-    rows = sizes._expert_rows(num_tokens, form.block_rows, config)
-    assert rows == plan.token_of_row.shape[0] + 1
+    num_rows = plan.token_of_row.shape[0] + 1
+    workspace = sizes.workspace(config, "float32", batch_size=1, num_positions=num_tokens)
+    assert workspace.expert_rows == num_rows * config.hidden_size * 4
 
 
 def test_fit_says_how_many_experts_the_memory_holds():
