@@ -170,7 +170,8 @@ def _tiled(
     tile_rows = num_outputs
     if tile_bytes is not None:
         max_rows = max(1, tile_bytes // (x.shape[-1] * x.dtype.itemsize))
-        tile_rows = max(n for n in range(1, min(max_rows, num_outputs) + 1) if num_outputs % n == 0)
+        limit = min(max_rows, num_outputs)
+        tile_rows = next(n for n in range(limit, 0, -1) if num_outputs % n == 0)
     if tile_rows == num_outputs:
         return product(0, num_outputs)
 

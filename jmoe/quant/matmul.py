@@ -1,15 +1,16 @@
 """Products with matrices in few bits: dequantized as they are read, or a tile at a time.
 
-Which form is good depends on the number of rows of x and on the backend; the forms were chosen
-by compiling for an H100 and reading what each writes to memory (tests/hlo), and there are
-three. All accumulate and return float32.
+Which form is good depends on the number of rows of x and on the backend. There are two, chosen by
+compiling for an H100 and reading what each writes to memory (tests/hlo). Both accumulate and
+return float32.
 
 * ``reduce_product``: multiply and sum. XLA:GPU makes one kernel of it, which reads the packed
   codes and writes nothing but the result. For up to MAX_REDUCE_ROWS rows of x.
 * ``dequantized_product``: a copy of the weights in the dtype of x, and a dot. XLA writes the copy
   to memory, so ``models.linear`` hands it tiles that stay in a cache.
-* what is fused into dots by XLA:GPU (codes of 8 bits, scales after the product) is not used: out of
-  a blob it copies the codes first.
+
+What XLA:GPU fuses into dots (codes of 8 bits, scales after the product) is not used: out of a blob
+it copies the codes first.
 """
 
 import jax

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _eval.inputs import read_text
 from tqdm import tqdm
 
 import jmoe
 from _quality.paper import PAPER_RESULTS, preset_of
 from jmoe.engines.evaluation import cut_windows, evaluate
 from jmoe.errors import RequestError
-from jmoe.loading import EMBEDDED_MODEL
 
 WINDOW = 256  # what the embedded model was trained on
 
@@ -54,7 +54,7 @@ def measure(file: Path, max_windows: int | None, commit: str, show: bool) -> Res
         return results
     plain = jmoe.load(dtype="float32")
     windows = cut_windows(
-        plain.tokenizer.encode((EMBEDDED_MODEL / "eval.txt").read_text(encoding="utf-8")),
+        plain.tokenizer.encode(read_text(None, None)),
         WINDOW,
         bos_token_id=plain.tokenizer.bos_token_id,
         max_windows=max_windows,
