@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
+    from jmoe import native
+
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 
 
@@ -17,6 +19,7 @@ def describe() -> dict[str, Any]:
     import jax
 
     import jmoe
+    from jmoe import native
     from jmoe.planning import memory
 
     try:
@@ -37,8 +40,12 @@ def describe() -> dict[str, Any]:
         ],
         "devices_problem": problem,
         "cuda": _cuda_status(devices),
-        "native_kernels": "none in this version, experts run through XLA",
+        "host_kernels": _host_kernels(native.status()),
     }
+
+
+def _host_kernels(status: "native.Status") -> dict[str, Any]:
+    return {"available": status.available, "isa": status.isa, "reason": status.reason}
 
 
 def _cuda_status(devices: "list[jax.Device]") -> str:

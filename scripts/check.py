@@ -71,7 +71,7 @@ def _print_machine(machine: dict[str, Any]) -> None:
         memory = f"{_size(limit)} of its memory for XLA" if limit else "host memory"
         _print("device", f"{device['name']} ({device['kind']}), {memory}")
     _print("cuda", machine["cuda"])
-    _print("native kernels", machine["native_kernels"])
+    _print(*machine["host_kernels"]["reason"].split(": ", 1))
 
 
 def _print_model(report: "CheckpointReport") -> None:

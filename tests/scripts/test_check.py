@@ -26,12 +26,12 @@ from tests.faults.checkpoints import (
 _ROOT = Path(__file__).parents[2]
 
 
-def _check(*flags: str, platforms: str = "cpu") -> subprocess.CompletedProcess[str]:
+def _check(*flags: str, platforms: str = "cpu", **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "scripts/check.py", *flags],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": platforms},
+        env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": platforms} | environ,
         cwd=_ROOT,
     )
 
@@ -50,8 +50,16 @@ def test_without_a_model_the_machine_is_described():
     result = _check()
     assert result.returncode == 0, result.stderr
     labels = [line.split("  ")[0] for line in result.stdout.splitlines() if line[0] != " "]
-    assert labels == ["versions", "platform", "host", "device", "cuda", "native kernels"]
-    assert "experts run through XLA" in result.stdout
+    assert labels == ["versions", "platform", "host", "device", "cuda", "host kernels"]
+
+
+def test_whether_there_are_host_kernels_is_said():
+    result = _check("--output=json", JMOE_NATIVE="0")
+    kernels = json.loads(result.stdout)["machine"]["host_kernels"]
+    assert kernels["available"] is False
+    assert kernels["isa"] is None
+    assert "switched off by JMOE_NATIVE=0" in kernels["reason"]
+    assert "host kernels    not available (switched off" in _check(JMOE_NATIVE="0").stdout
 
 
 @pytest.mark.parametrize("platforms", ["rocm", "nonsense"])
@@ -103,7 +111,7 @@ def test_a_damaged_model_is_one_error_without_a_traceback(tmp_path: Path):
     DIRECTORY_FAULTS["shard_is_lfs_pointer"].damage(link_model(tmp_path))
     result = _check(f"--model={tmp_path}")
     assert result.returncode == 2
-    assert "native kernels" in result.stdout
+    assert "host kernels" in result.stdout
     assert result.stderr.startswith(f"error: {FIRST_SHARD} is a Git LFS pointer")
     assert "Traceback" not in result.stderr
 
