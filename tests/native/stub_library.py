@@ -41,29 +41,29 @@ static xla::ffi::Error nothing() { return xla::ffi::Error::Success(); }
 #define HANDLER(name) EXPORT void name() {}
 #endif
 
-HANDLER(jmoe_linear);
-HANDLER(jmoe_experts);
-HANDLER(jmoe_attend);
-#ifndef WITHOUT_READ
-HANDLER(jmoe_read);
-#endif
 """
 
 
-def compile_stub(directory: Path, *flags: str, abi_version: int = library.ABI_VERSION) -> Path:
+def compile_stub(
+    directory: Path,
+    *flags: str,
+    abi_version: int = library.ABI_VERSION,
+    targets: tuple[str, ...] = library.TARGETS,
+) -> Path:
     """Compiles a library; skips the test where there is no compiler.
 
     Args:
       directory: where to.
       flags: -DHANDLERS for operations that can be registered, with -DFFI_MINOR=N for another
-        version of XLA's interface; -DWITHOUT_READ leaves one operation out.
+        version of XLA's interface.
       abi_version: what the library says its own interface is.
+      targets: the operations that it has.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     source, path = directory / "stub.cpp", directory / "stub.so"
-    source.write_text(_SOURCE)
+    source.write_text(_SOURCE + "".join(f"HANDLER({target});\n" for target in targets))
     fixed = ("-std=c++17", "-w", "-shared", "-fPIC", f"-isystem{jax.ffi.include_dir()}")
     flags = (*fixed, f"-DABI_VERSION={abi_version}", *flags)
     subprocess.run(
