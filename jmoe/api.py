@@ -260,6 +260,9 @@ def load(
     random_weights: bool = False,
     num_layers: int | None = None,
     seed: int = 0,
+    host_kernels: bool = True,
+    activation_bits: int | None = None,
+    threads: int = 0,
     device: jax.Device | None = None,
     revision: str | None = None,
     progress: bool = False,
@@ -283,6 +286,11 @@ def load(
         with random weights instead, with the embedded model's tokenizer.
       num_layers: with random weights: instead of the shape's own number.
       seed: of random weights.
+      host_kernels: on the CPU backend compute with the kernels of ``jmoe.native``, if they were
+        built; False computes through XLA.
+      activation_bits: of activations that meet weights in few bits in those kernels: 24 is as
+        exact as float32, 8 the fastest. None is 16.
+      threads: of those kernels; 0 takes all that XLA has.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.
@@ -301,6 +309,9 @@ def load(
         random_weights=random_weights,
         num_layers=num_layers,
         seed=seed,
+        host_kernels=host_kernels,
+        activation_bits=activation_bits,
+        threads=threads,
         revision=revision,
         progress=progress,
     )

@@ -8,7 +8,7 @@ are quantized on the way, or are quantized already.
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import ConfigError, RequestError
 from jmoe.models import families
 from jmoe.models.random_weights import iterate_random_parameters
+from jmoe.native import library
+from jmoe.native.choice import DEFAULT_ACTIVATION_BITS, HostKernels, uncovered
 from jmoe.planning import sizes
 from jmoe.planning.memory import available_host_bytes
 from jmoe.quant.solver import Method, check_method
@@ -56,6 +58,9 @@ class LoadOptions:
     random_weights: bool = False
     num_layers: int | None = None
     seed: int = 0
+    host_kernels: bool = True
+    activation_bits: int | None = None
+    threads: int = 0
     revision: str | None = None
     progress: bool = False
 
@@ -67,12 +72,24 @@ class LoadOptions:
         check_choice(self.host_memory)
         _ = self.spec  # which raises
         check_method(self.method)
+        if self.activation_bits is not None and not self.host_kernels:
+            raise RequestError(
+                "activations in few bits are for the host kernels, which are switched off",
+                got=self.activation_bits,
+            )
+        _ = self.kernel_options  # which raises
         if self.num_layers is not None and not self.random_weights:
             raise RequestError(
                 "num_layers changes the shape of a model, and goes with random weights only",
                 got=self.num_layers,
                 do="add --random_weights, or leave --num_layers out",
             )
+
+    @property
+    def kernel_options(self) -> HostKernels:
+        """What ``activation_bits`` and ``threads`` say."""
+        bits = self.activation_bits or DEFAULT_ACTIVATION_BITS
+        return HostKernels(activation_bits=bits, num_threads=self.threads)  # type: ignore[arg-type]
 
     @property
     def spec(self) -> QuantSpec | None:
@@ -155,7 +172,7 @@ def _find_checkpoint(
     def build() -> tuple[ResidentEngine, tuple[str, ...]]:
         with _bar(num_bytes, "loading", options) as bar:
             parameters = read_parameters(checkpoint, config, dtype, bar.update)
-            return ResidentEngine(config, parameters, dtype, device), ()
+            return _engine(config, parameters, dtype, device, None, options)
 
     return FoundModel(name, directory, config_json, config, build)
 
@@ -169,7 +186,7 @@ def _find_orbax(name: str, directory: Path, options: LoadOptions, device: jax.De
     def build() -> tuple[ResidentEngine, tuple[str, ...]]:
         with _bar(source.total_bytes, "loading", options) as bar:
             parameters = source.parameters(dtype, bar.update)
-            return ResidentEngine(config, parameters, dtype, device), ()
+            return _engine(config, parameters, dtype, device, None, options)
 
     return FoundModel(name, directory, source.config_json, config, build)
 
@@ -186,7 +203,7 @@ def _find_source(
     def build() -> tuple[ResidentEngine, tuple[str, ...]]:
         with _bar(source.total_bytes, f"quantizing ({options.method})", options) as bar:
             parameters = quantized_parameters(source, dtype, quant, options.method, bar.update)
-            return ResidentEngine(config, parameters, dtype, device, quant), ()
+            return _engine(config, parameters, dtype, device, quant, options)
 
     return FoundModel(name, directory, source.config_json, config, build)
 
@@ -208,11 +225,12 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
             )
             lock = store.lock_pages(device)
             parameters = model.parameters(store, dtype, bar.update)
-            engine = ResidentEngine(config, parameters, dtype, device, quant)
+            engine, notes = _engine(config, parameters, dtype, device, quant, options)
             if device.platform != "cpu":  # which computes from the store's own memory
                 jax.block_until_ready(engine.parameters)
                 store.close()
         return engine, (
+            *notes,
             f"experts in host memory: {store.memory} ({store.memory_reason}); "
             f"pages: {lock.kind} ({lock.reason})",
         )
@@ -245,10 +263,35 @@ def _find_random(model: str | Path | None, options: LoadOptions, device: jax.Dev
                     bar.update(parameter.nbytes)
                     yield parameter
 
-            return ResidentEngine(config, counted(), dtype, device, quant), ()
+            return _engine(config, counted(), dtype, device, quant, options)
 
     # Any tokenizer will do, as long as the model has its ids.
     return FoundModel(name, EMBEDDED_MODEL, config_json, config, build)
+
+
+def _engine(
+    config: ModelConfig,
+    parameters: Iterable[np.ndarray | jax.Array],
+    dtype: str,
+    device: jax.Device,
+    quant: QuantSpec | None,
+    options: LoadOptions,
+) -> tuple[ResidentEngine, tuple[str, ...]]:
+    """The engine, and which kernels it computes with on a CPU."""
+    if device.platform != "cpu":
+        return ResidentEngine(config, parameters, dtype, device, quant), ()
+    status = library.status()
+    host = options.kernel_options if options.host_kernels and status.available else None
+    engine = ResidentEngine(config, parameters, dtype, device, quant, host)
+    if host is None:
+        off = "host kernels: switched off; the CPU computes through XLA, more slowly"
+        return engine, (status.reason if options.host_kernels else off,)
+    note = status.reason
+    if quant is not None:
+        note += f"; activations in {host.activation_bits} bits"
+        if others := uncovered(quant.formats):
+            note += f"; none for {', '.join(map(str, others))}, which XLA computes"
+    return engine, (note,)
 
 
 def _check_size(

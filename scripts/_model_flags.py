@@ -1,5 +1,6 @@
 """The flags that say which model to load and how, the same in every script that runs one."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import _common
@@ -42,6 +43,28 @@ RANDOM_WEIGHTS = flags.DEFINE_bool(
 NUM_LAYERS = flags.DEFINE_integer(
     "num_layers", None, "With --random_weights: instead of the shape's own.", lower_bound=1
 )
+HOST_KERNELS = flags.DEFINE_bool(
+    "host_kernels",
+    True,
+    "On a CPU compute with jmoe's C++ kernels, if they were built; --nohost_kernels leaves "
+    "everything to XLA.",
+)
+ACTIVATION_BITS = flags.DEFINE_enum(
+    "activation_bits",
+    None,
+    ["8", "16", "24"],
+    "Of activations that meet weights in few bits in those kernels: 24 is as exact as float32, 8 "
+    "the fastest. Default: 16.",
+)
+THREADS = flags.DEFINE_integer(
+    "threads", None, "That a CPU computes with, XLA's own too. Default: all.", lower_bound=1
+)
+
+
+def limit_threads() -> None:
+    """Keeps XLA to ``--threads``; must be called before JAX starts a backend."""
+    if THREADS.value is not None:
+        os.environ["PJRT_NPROC"] = str(THREADS.value)
 
 
 def arguments() -> dict[str, Any]:
@@ -53,11 +76,15 @@ def arguments() -> dict[str, Any]:
         "host_memory": HOST_MEMORY.value,
         "random_weights": RANDOM_WEIGHTS.value,
         "num_layers": NUM_LAYERS.value,
+        "host_kernels": HOST_KERNELS.value,
+        "activation_bits": ACTIVATION_BITS.value and int(ACTIVATION_BITS.value),
+        "threads": THREADS.value or 0,
     }
 
 
 def load() -> "jmoe.LLM":
     """Loads the model that the flags name, and says on stderr what it is."""
+    limit_threads()
     import jmoe
 
     llm = jmoe.load(MODEL.value, **arguments(), progress=True)

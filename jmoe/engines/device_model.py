@@ -9,6 +9,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.engines.programs import ProgramCache
 from jmoe.models.experts import choose_form
+from jmoe.native.choice import HostKernels
 from jmoe.quant.spec import QuantSpec
 
 
@@ -20,6 +21,7 @@ class DeviceModel:
       dtype: of activations, KV cache and plain parameters: "float32" or "bfloat16".
       quant: formats of the quantized parameters; None if all are plain.
       device: where it runs.
+      host: kernels that compute instead of XLA, on the CPU backend; None without.
       parameters: flat tuple of arrays in the order of ``decoder.abstract_parameters``.
       programs: what has been compiled so far.
     """
@@ -31,6 +33,7 @@ class DeviceModel:
         dtype: str,
         device: jax.Device,
         quant: QuantSpec | None = None,
+        host: HostKernels | None = None,
     ):
         """Moves the parameters to the device one by one, as the iterable yields them.
 
@@ -40,6 +43,7 @@ class DeviceModel:
         self.config = config
         self.dtype = dtype
         self.quant = quant
+        self.host = host
         self.device = device
         self.parameters = tuple(map(self.put, parameters))
         self.programs = ProgramCache(device)
@@ -59,4 +63,9 @@ class DeviceModel:
 
     def model_arguments(self) -> dict[str, Any]:
         """What every program is specialised to."""
-        return {"config": self.config, "dtype": self.dtype, "quant": self.quant}
+        return {
+            "config": self.config,
+            "dtype": self.dtype,
+            "quant": self.quant,
+            "host": self.host,
+        }

@@ -17,6 +17,7 @@ from jmoe.generation.sampling import SamplingKind, SamplingValues, sample
 from jmoe.models.decoder import rebuild
 from jmoe.models.experts import ExpertForm
 from jmoe.models.kv_cache import KVCache
+from jmoe.native.choice import HostKernels
 from jmoe.quant.spec import QuantSpec
 
 
@@ -48,7 +49,7 @@ def _step_keys(key_data: UInt32[Array, "2"], lengths_B: Int[Array, " B"]) -> jax
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "dtype", "quant", "form"),
+    static_argnames=("config", "dtype", "quant", "host", "form"),
     donate_argnames=("cache", "hidden_BD"),
 )
 def prefill_chunk(
@@ -62,6 +63,7 @@ def prefill_chunk(
     config: ModelConfig,
     dtype: str,
     quant: QuantSpec | None,
+    host: HostKernels | None = None,
     form: ExpertForm,
 ) -> tuple[KVCache, Float[Array, "B D"]]:
     """Takes positions start to start + L - 1 of every prompt through the model.
@@ -73,7 +75,7 @@ def prefill_chunk(
       token of every prompt that ends in this chunk.
     """
     _, hidden_BLD, cache = _run_chunk(
-        parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, form
+        parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, host, form
     )
     last_B = lengths_B - 1 - start
     last_hidden_BD = jnp.take_along_axis(
@@ -84,7 +86,9 @@ def prefill_chunk(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "dtype", "quant", "form"), donate_argnames=("cache",)
+    jax.jit,
+    static_argnames=("config", "dtype", "quant", "host", "form"),
+    donate_argnames=("cache",),
 )
 def score_chunk(
     parameters: tuple[jax.Array, ...],
@@ -96,24 +100,25 @@ def score_chunk(
     config: ModelConfig,
     dtype: str,
     quant: QuantSpec | None,
+    host: HostKernels | None = None,
     form: ExpertForm,
 ) -> tuple[KVCache, Float[Array, "B L V"]]:
     """Like prefill_chunk, but returns the logits of every position. Donates: cache."""
     model, hidden_BLD, cache = _run_chunk(
-        parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, form
+        parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, host, form
     )
     return cache, model.logits(hidden_BLD)
 
 
-def _run_chunk(parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, form):
+def _run_chunk(parameters, cache, token_ids_BL, start, lengths_B, config, dtype, quant, host, form):
     batch_size, num_positions = token_ids_BL.shape
     valid_BL = start + jnp.arange(num_positions) < lengths_B[:, None]
-    model = rebuild(config, dtype, parameters, quant)
+    model = rebuild(config, dtype, parameters, quant, host)
     hidden_BLD, cache, _ = model(token_ids_BL, jnp.full(batch_size, start), valid_BL, cache, form)
     return model, hidden_BLD, cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "kind"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "host", "kind"))
 def first_tokens(
     parameters: tuple[jax.Array, ...],
     hidden_BD: Float[Array, "B D"],
@@ -125,10 +130,11 @@ def first_tokens(
     config: ModelConfig,
     dtype: str,
     quant: QuantSpec | None,
+    host: HostKernels | None = None,
     kind: SamplingKind,
 ) -> tuple[Int[Array, " B"], Bool[Array, "B V"] | None]:
     """Chooses every sequence's first new token, from the hidden states of the prefill."""
-    model = rebuild(config, dtype, parameters, quant)
+    model = rebuild(config, dtype, parameters, quant, host)
     keys_B = _step_keys(key_data, lengths_B)
     token_ids_B = sample(model.logits(hidden_BD), seen_BV, keys_B, values, kind)
     return token_ids_B, _mark_seen(seen_BV, token_ids_B)
@@ -136,7 +142,7 @@ def first_tokens(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "dtype", "quant", "form", "kind"),
+    static_argnames=("config", "dtype", "quant", "host", "form", "kind"),
     donate_argnames=("state",),
 )
 def decode_step(
@@ -149,6 +155,7 @@ def decode_step(
     config: ModelConfig,
     dtype: str,
     quant: QuantSpec | None,
+    host: HostKernels | None = None,
     form: ExpertForm,
     kind: SamplingKind,
 ) -> tuple[DecodeState, Int[Array, " B"]]:
@@ -160,7 +167,7 @@ def decode_step(
       The next state; and its token ids once more, in an array of their own, which outlives
       the donation of the state to the next step.
     """
-    model = rebuild(config, dtype, parameters, quant)
+    model = rebuild(config, dtype, parameters, quant, host)
     hidden_BLD, cache, _ = model(
         state.token_ids_B[:, None], state.lengths_B, active_B[:, None], state.cache, form
     )

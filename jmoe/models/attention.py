@@ -14,6 +14,8 @@ from jmoe.config import ModelConfig
 from jmoe.models import kv_cache, rope
 from jmoe.models.linear import einsum, linear
 from jmoe.models.weights import matrix
+from jmoe.native import ops
+from jmoe.native.choice import HostKernels
 from jmoe.quant.spec import QuantSpec
 
 
@@ -49,13 +51,19 @@ class Attention(nnx.Module):
     """Projections, rotary embedding and attention of one layer."""
 
     def __init__(
-        self, config: ModelConfig, window: int | None, dtype: str, quant: QuantSpec | None
+        self,
+        config: ModelConfig,
+        window: int | None,
+        dtype: str,
+        quant: QuantSpec | None,
+        host: HostKernels | None = None,
     ):
         fmt = quant and quant.attention
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.window = window
+        self.host = host
         self.q_proj = matrix((query_size, config.hidden_size), fmt, dtype)
         self.k_proj = matrix((kv_size, config.hidden_size), fmt, dtype)
         self.v_proj = matrix((kv_size, config.hidden_size), fmt, dtype)
@@ -82,7 +90,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             q, k, v = (
                 einops.rearrange(
-                    linear(x_BLD, w[...]).astype(x_BLD.dtype),
+                    linear(x_BLD, w[...], self.host).astype(x_BLD.dtype),
                     "B L (N P) -> B L N P",
                     P=self.head_dim,
                 )
@@ -90,8 +98,12 @@ class Attention(nnx.Module):
             )
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
             cache = kv_cache.append(cache, k, v, start_B)
-            positions_BL = start_B[:, None] + jnp.arange(x_BLD.shape[1])
-            visible = visible_keys(positions_BL, cache.k.shape[2], self.window)
-            out = attend(q, cache.k, cache.v, visible)
+            if self.host is not None:
+                threads = self.host.num_threads
+                out = ops.attend(q, cache.k, cache.v, start_B, self.window, threads)
+            else:
+                positions_BL = start_B[:, None] + jnp.arange(x_BLD.shape[1])
+                visible = visible_keys(positions_BL, cache.k.shape[2], self.window)
+                out = attend(q, cache.k, cache.v, visible)
             out = einops.rearrange(out, "B L H P -> B L (H P)")
-            return linear(out, self.o_proj[...]).astype(x_BLD.dtype), cache
+            return linear(out, self.o_proj[...], self.host).astype(x_BLD.dtype), cache

@@ -22,20 +22,28 @@ from jmoe.models.linear import embed, linear
 from jmoe.models.norms import NORMS
 from jmoe.models.router import Routing, route
 from jmoe.models.weights import matrix, parameter
+from jmoe.native.choice import HostKernels
 from jmoe.quant.spec import QuantSpec
 
 
 class DecoderLayer(nnx.Module):
     """Attention, router and experts, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: str, quant: QuantSpec | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        dtype: str,
+        quant: QuantSpec | None,
+        host: HostKernels | None,
+    ):
         make_norm = NORMS[config.norm.kind]
         self.router_config = config.router
         self.input_norm = make_norm(config.norm, config.hidden_size, dtype)
-        self.attention = Attention(config, config.sliding_windows[layer], dtype, quant)
+        self.attention = Attention(config, config.sliding_windows[layer], dtype, quant, host)
         self.post_norm = make_norm(config.norm, config.hidden_size, dtype)
         self.router = parameter((config.router.num_experts, config.hidden_size), dtype)
-        self.experts = Experts(config, dtype, quant)
+        self.experts = Experts(config, dtype, quant, host)
 
     def attend(self, x_BLD, start_B, rotation, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Adds attention to the residual stream."""
@@ -66,15 +74,23 @@ class Decoder(nnx.Module):
       dtype: of activations and of parameters that are not quantized.
       quant: formats of the others; experts are blobs then (quant.layout). None: all
         parameters are plain arrays of dtype.
+      host: kernels that compute instead of XLA where there are some, for the CPU backend.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, quant: QuantSpec | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        quant: QuantSpec | None = None,
+        host: HostKernels | None = None,
+    ):
         vocabulary_shape = (config.vocab_size, config.hidden_size)
         self.config = config
         self.dtype = dtype
+        self.host = host
         self.embed_tokens = matrix(vocabulary_shape, quant and quant.embeddings, dtype)
         self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype, quant) for i in range(config.num_hidden_layers)]
+            [DecoderLayer(config, i, dtype, quant, host) for i in range(config.num_hidden_layers)]
         )
         self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
@@ -118,15 +134,19 @@ class Decoder(nnx.Module):
         """Scores of every token of the vocabulary, float32."""
         with jax.named_scope("lm_head"):
             tied = self.config.tie_word_embeddings
-            return linear(hidden, (self.embed_tokens if tied else self.lm_head)[...])
+            head = self.embed_tokens if tied else self.lm_head
+            return linear(hidden, head[...], self.host)
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_decoder(
-    config: ModelConfig, dtype: str = "bfloat16", quant: QuantSpec | None = None
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    quant: QuantSpec | None = None,
+    host: HostKernels | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and shapes of a decoder, without allocating anything."""
-    return nnx.split(Decoder(config, dtype, quant))
+    return nnx.split(Decoder(config, dtype, quant, host))
 
 
 def abstract_parameters(
@@ -144,6 +164,7 @@ def rebuild(
     dtype: str,
     parameters: tuple[jax.Array | np.ndarray, ...],
     quant: QuantSpec | None = None,
+    host: HostKernels | None = None,
 ) -> Decoder:
     """A decoder that holds the given arrays, for use while a program is traced.
 
@@ -152,6 +173,7 @@ def rebuild(
       dtype: of activations and plain parameters.
       parameters: arrays in the order of ``abstract_parameters``.
       quant: formats of the quantized parameters.
+      host: kernels to compute with, on the CPU backend.
     """
-    graphdef, state = abstract_decoder(config, dtype, quant)
+    graphdef, state = abstract_decoder(config, dtype, quant, host)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), parameters))

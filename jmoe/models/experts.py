@@ -33,6 +33,8 @@ from jmoe.models.linear import (
 )
 from jmoe.models.router import Routing
 from jmoe.models.weights import parameter
+from jmoe.native import ops
+from jmoe.native.choice import HostKernels, supports
 from jmoe.quant.layout import MATRICES, ExpertLayout
 from jmoe.quant.matmul import MAX_REDUCE_ROWS
 from jmoe.quant.spec import QuantSpec
@@ -71,10 +73,18 @@ class Experts(nnx.Module):
     Plain, they are three stacked arrays; in the formats of a QuantSpec, one array of blobs.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, quant: QuantSpec | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        quant: QuantSpec | None,
+        host: HostKernels | None = None,
+    ):
         num_experts = config.router.num_experts
         hidden, width = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
+        formats = () if quant is None else quant.experts_formats
+        self.host = host if all(map(supports, formats)) else None
         self.layout = None
         if quant is not None:
             self.layout = ExpertLayout.of(hidden, width, quant)
@@ -106,13 +116,15 @@ class Experts(nnx.Module):
           x_TD: normalised residual stream.
           routing: chosen experts and weights.
           valid_T: tokens to compute; the others (padding) come out as rubbish or zero.
-          form: how to compute it.
+          form: how XLA computes it, where no host kernels do.
 
         Returns:
           Sum over k of weight * expert(x), added up in float32 in the order of k, in the
           dtype of x.
         """
         with jax.named_scope("experts"):
+            if self.host is not None and self.activation == "silu":
+                return self._on_host(x_TD, routing, valid_T, self.host)
             stacks, ids_TK = self.stacks(), routing.expert_ids_TK
             activation = ACTIVATIONS[self.activation]
             if form.kind == "reduce":
@@ -122,6 +134,17 @@ class Experts(nnx.Module):
                 plan = plan_blocks(ids_TK, valid_T, num_experts, form.block_rows)
                 y_TKD = _blocks(x_TD, plan, stacks, activation, form).reshape(*ids_TK.shape, -1)
             return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
+
+    def _on_host(
+        self, x_TD: jax.Array, routing: Routing, valid_T: jax.Array, host: HostKernels
+    ) -> jax.Array:
+        assignments = routing.expert_ids_TK, routing.weights_TK, valid_T
+        threads = host.num_threads
+        if self.layout is None:
+            w1, w3, w2 = (w[...] for w in (self.w1, self.w3, self.w2))
+            return ops.experts_of_arrays(x_TD, *assignments, w1, w3, w2, threads)
+        bits = host.activation_bits
+        return ops.experts(x_TD, *assignments, self.blobs[...], self.layout, bits, threads)
 
 
 def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jmoe.native import ops
+from jmoe.native.choice import HostKernels
 from jmoe.quant.layout import ExpertLayout, MatrixName, read_rows
 from jmoe.quant.matmul import (
     MAX_REDUCE_ROWS,
@@ -32,7 +34,9 @@ ACCELERATOR_TILE_BYTES = 32 * 2**20
 Weight = jax.Array | QuantArray
 
 
-def linear(x: Float[Array, "*rows I"], w_OI: Weight) -> Float[Array, "*rows O"]:
+def linear(
+    x: Float[Array, "*rows I"], w_OI: Weight, host: HostKernels | None = None
+) -> Float[Array, "*rows O"]:
     """Multiplies rows of x by a weight stored [out, in], as checkpoints store it.
 
     Contracting the last dimension of both is what XLA:GPU turns into one kernel for a
@@ -41,11 +45,16 @@ def linear(x: Float[Array, "*rows I"], w_OI: Weight) -> Float[Array, "*rows O"]:
     Args:
       x: activations.
       w_OI: weight, in the dtype of x or quantized.
+      host: kernels to use instead of XLA's products, in a program for the CPU backend.
 
     Returns:
       x @ w.T, accumulated and returned in float32 for every input dtype: callers round once,
       where they mean to, and XLA:CPU has a fast path for bfloat16 only with a float32 result.
     """
+    if host is not None and host.takes(w_OI):
+        rows = x.reshape(-1, x.shape[-1])
+        y = ops.linear(rows, w_OI, host.activation_bits, host.num_threads)
+        return y.reshape(*x.shape[:-1], -1)
     if isinstance(w_OI, QuantArray):
         rows = x.reshape(-1, x.shape[-1])
         y = lax.platform_dependent(rows, w_OI, cpu=_linear_cpu, default=_linear_accelerator)

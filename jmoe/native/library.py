@@ -24,7 +24,13 @@ from jmoe.errors import ConfigError
 ABI_VERSION = 1
 
 # XLA's handlers: symbols of the library, and the names under which XLA knows them.
-TARGETS = ("jmoe_linear", "jmoe_experts", "jmoe_attend", "jmoe_read")
+TARGETS = (
+    "jmoe_linear",
+    "jmoe_experts",
+    "jmoe_experts_of_arrays",
+    "jmoe_attend",
+    "jmoe_read",
+)
 
 _DIRECTORY = Path(__file__).parent
 _ISA_NAMES = {

@@ -44,6 +44,12 @@ class QuantSpec:
         down = self.experts if self.experts_down is None else self.experts_down
         return self.experts, self.experts, down
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """All that occur, once each."""
+        others = self.attention, self.embeddings, self.head
+        return tuple(dict.fromkeys((*others, *self.experts_formats)))
+
     def to_json(self) -> dict[str, str]:
         """Every component's format in text form."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,0 +1,65 @@
+"""Which parts of a model the host kernels compute, and how exactly.
+
+Static in programs: a model is built with a ``HostKernels``, or with None, which leaves everything
+to XLA.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.errors import ConfigError
+from jmoe.quant.formats import DenseFormat, Format, QuantFormat
+from jmoe.quant.quant_array import QuantArray
+
+ActivationBits = Literal[8, 16, 24]
+DEFAULT_ACTIVATION_BITS: ActivationBits = 16
+
+# Of three bits, a group's third bits would be less than a lane of the vectors.
+_MIN_GROUP_SIZE_3_BITS = 32
+
+
+def supports(fmt: Format) -> bool:
+    """Whether there is a kernel for weights in this format."""
+    if isinstance(fmt, DenseFormat):
+        return True
+    return fmt.bits != 3 or fmt.group_size >= _MIN_GROUP_SIZE_3_BITS
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostKernels:
+    """How the host kernels are used.
+
+    Attributes:
+      activation_bits: fixed-point bits of activations that meet weights in few bits: 24 is as
+        exact as float32, 8 the fastest (``native.ops`` states the errors).
+      num_threads: at most so many; 0 takes all that XLA has.
+    """
+
+    activation_bits: ActivationBits = DEFAULT_ACTIVATION_BITS
+    num_threads: int = 0
+
+    def __post_init__(self):
+        if self.activation_bits not in get_args(ActivationBits):
+            raise ConfigError(
+                "activations have another number of bits",
+                got=self.activation_bits,
+                expected="8, 16 or 24",
+            )
+        if self.num_threads < 0:
+            raise ConfigError("the number of threads is negative", got=self.num_threads)
+
+    def takes(self, w: jax.Array | QuantArray) -> bool:
+        """Whether there is a kernel for products with a weight."""
+        if isinstance(w, QuantArray):
+            return supports(w.format)
+        return w.dtype in (jnp.float32, jnp.bfloat16)
+
+
+def uncovered(formats: tuple[Format, ...]) -> tuple[QuantFormat, ...]:
+    """Those formats that XLA computes in spite of the kernels."""
+    return tuple(
+        dict.fromkeys(f for f in formats if isinstance(f, QuantFormat) and not supports(f))
+    )
