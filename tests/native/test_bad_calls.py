@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.quant.layout import aligned_empty
 from tests.native.bad_calls import MAKERS, Call, good_call, is_refused
 
 _ROOT = Path(__file__).parents[2]
@@ -271,6 +272,19 @@ def test_no_choice_of_experts_is_a_sum_of_none(kernels):
         call.arrays["expert_ids"] = np.ones((3, 0), np.int32)
         call.arrays["weights"] = np.ones((3, 0), np.float32)
         np.testing.assert_array_equal(call(), 0)
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_arrays_may_begin_anywhere(kernels, name):
+    """JAX copies what is not aligned, so that kernels need not."""
+    call = good_call(name)
+    expected = call()
+    for array_name, array in call.arrays.items():
+        buffer = aligned_empty((array.nbytes + 1,), np.uint8)
+        moved = buffer[1:].view(array.dtype).reshape(array.shape)
+        moved[...] = array
+        call.arrays[array_name] = moved
+    np.testing.assert_array_equal(call(), expected)
 
 
 def test_random_calls_never_crash(kernels):
