@@ -121,10 +121,10 @@ def experts_per_layer(engine: ResidentEngine, tokens_BL: np.ndarray, first: int)
     return float(np.mean([len(np.unique(ids)) for ids in steps]))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "form"))
-def _route_all(parameters, cache, tokens_BL, *, config, dtype, quant, form) -> Any:
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "host", "form"))
+def _route_all(parameters, cache, tokens_BL, *, config, dtype, quant, host, form) -> Any:
     """Expert ids of every layer (N), sequence and position."""
-    model = rebuild(config, dtype, parameters, quant)
+    model = rebuild(config, dtype, parameters, quant, host)
     start_B = jnp.zeros(tokens_BL.shape[0], jnp.int32)
     valid_BL = jnp.ones(tokens_BL.shape, bool)
     _, _, routings = model(tokens_BL, start_B, valid_BL, cache, form)

@@ -46,7 +46,10 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
 
 
 def _first_token(model: str | None, settings: Settings) -> dict[str, Any]:
-    flags = [f"--{name}={value}" for name, value in settings.loading.items() if value is not None]
+    given = {name: value for name, value in settings.loading.items() if value is not None}
+    if not given.get("threads"):
+        given.pop("threads", None)  # 0 is all of them, which is no value of the flag
+    flags = [f"--{name}={value}" for name, value in given.items()]
     if model is not None:
         flags.append(f"--model={model}")
     command = [sys.executable, str(_SCRIPT), *flags, "--prompt=Hi", "--raw"]
