@@ -5,16 +5,24 @@ measured in the same run. Then one row per test, named as llama-bench does: pp64
 prompt of 64 tokens, tg64 is generating 64 tokens after a prompt of one. Figures are medians over
 --repeats; with --peer the two programs take turns, repetition by repetition, on the same weights.
 Compilation and warm-up are never part of a figure. The last line of stdout is one JSON object.
+--threads holds for everything that is measured, the ceiling and the peer too.
 
 Suites:
-  decode  prefill and decode of the resident engine: all weights in one memory
+  decode  prefill and decode of the resident engine: all weights in one memory. On a CPU it computes
+          with the host kernels, if there are any; --peer=xla is the same engine without them
+  kernels the host kernels one by one, in every format and with every number of bits of activations:
+          share of the memory's speed for one token, arithmetic for more, and the ratio to what XLA
+          does instead; --peer=torch puts the experts in bfloat16 beside them. --model names a shape
   load    from a new process to the first token, for several forms of a model
   convert conversions to a store, beside plain copies of the same files
 
 Examples:
   python scripts/bench.py
   python scripts/bench.py --dtype=bfloat16 --batch=1,4 --repeats=9
-  python scripts/bench.py --model=mixtral-8x7b --random_weights --num_layers=1 --quant=int4
+  python scripts/bench.py --model=mixtral-8x7b --random_weights --num_layers=4 --quant=int4
+  python scripts/bench.py --quant=int4 --peer=xla --threads=2
+  python scripts/bench.py --suite=kernels --peer=torch
+  python scripts/bench.py --suite=kernels --formats=4g64,bf16 --tokens=1,16 --activation_bits=8
   python scripts/bench.py --suite=load --models=path/to/model,path/to/store
   python scripts/bench.py --suite=convert --model=mixtral-8x7b --random_weights --num_layers=1
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
@@ -28,7 +36,13 @@ import _model_flags
 from absl import flags
 
 # Modules with run(settings, report), which returns its part of the last line.
-_SUITES = {"decode": "_bench.decode", "load": "_bench.load", "convert": "_bench.convert"}
+_SUITES = {
+    "decode": "_bench.decode",
+    "kernels": "_bench.kernels",
+    "load": "_bench.load",
+    "convert": "_bench.convert",
+}
+_PEERS = {"decode": ("transformers", "xla"), "kernels": ("torch",)}
 
 _SUITE = flags.DEFINE_enum("suite", "decode", list(_SUITES), "What to measure.")
 _MODELS = flags.DEFINE_list("models", [], "Suite load: models or stores to compare: A,B")
@@ -40,8 +54,21 @@ _NEW_TOKENS = flags.DEFINE_integer(
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measured repetitions of each test.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 1, "Repetitions before, not measured.", lower_bound=0)
 _PEER = flags.DEFINE_enum(
-    "peer", "none", ["none", "transformers"], "Program to compare with (transformers with torch)."
+    "peer",
+    "none",
+    ["none", "transformers", "xla", "torch"],
+    "Program to compare with; of suite decode transformers (with torch) or xla, of kernels torch.",
 )
+_OPERATIONS = flags.DEFINE_multi_enum(
+    "operation",
+    ["experts", "linear", "attend"],
+    ["experts", "linear", "attend"],
+    "Suite kernels: what to measure; linear is the projections and head in the formats of --quant.",
+)
+_FORMATS = flags.DEFINE_list(
+    "formats", "8g64sf,4g64,3g64,2g16,bf16,f32", "Suite kernels: of the experts."
+)
+_TOKENS = flags.DEFINE_list("tokens", "1,16,64,512", "Suite kernels: tokens at once.")
 _FORMAT = flags.DEFINE_enum(
     "format", "md", ["md", "jsonl"], "Of the ceiling and the rows; the last line is always JSON."
 )
@@ -49,11 +76,13 @@ _OUTPUT_FILE = flags.DEFINE_string("output_file", None, "File to append the last
 
 
 def main() -> None:
+    _model_flags.limit_threads()
     from _bench import machine, report
-    from _bench.settings import Settings, read_integers
+    from _bench.settings import Settings, check_peer, read_integers
 
     import jmoe
 
+    check_peer(_SUITE.value, _PEER.value, _PEERS.get(_SUITE.value, ()))
     settings = Settings(
         model=_model_flags.MODEL.value,
         models=tuple(_MODELS.value),
@@ -64,6 +93,9 @@ def main() -> None:
         repeats=_REPEATS.value,
         warmup=_WARMUP.value,
         peer=_PEER.value,
+        operations=tuple(_OPERATIONS.value),
+        formats=tuple(_FORMATS.value),
+        tokens=read_integers("tokens", _TOKENS.value),
     )
     with report.ResultFile(_OUTPUT_FILE.value) as result_file:
         header = {

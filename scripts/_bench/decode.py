@@ -1,14 +1,16 @@
 """The suite decode: prefill and decode speed of the resident engine."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from _bench import bounds
 from _bench.ceiling import Ceiling
+from _bench.engine import XlaPeer, run_engine
 from _bench.machine import Neighbours
 from _bench.peer import TransformersPeer
 from _bench.report import Report
@@ -16,15 +18,10 @@ from _bench.settings import Settings, Subject, load_subject
 from _bench.statistics import compare, summarize, take_turns
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
-from jmoe.generation.options import GenerationOptions
 
 TG_PROMPT_TOKENS = 1
 
-
-class Run(NamedTuple):
-    prefill_s: float
-    decode_s: float
-    tokens_BL: np.ndarray  # prompt and generated tokens
+_PEERS = {"transformers": TransformersPeer, "xla": XlaPeer}
 
 
 def run(settings: Settings, report: Report) -> dict[str, Any]:
@@ -32,10 +29,12 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     subject = load_subject(settings)
     engine = subject.engine
     _check_lengths(settings, engine.config.max_position_embeddings)
-    peer = TransformersPeer(subject) if settings.peer == "transformers" else None
+    peer = None if settings.peer == "none" else _PEERS[settings.peer](subject)
     ceiling = Ceiling(engine.device, engine.dtype)
     ceiling_json = ceiling.to_json()
-    report.ceiling(f"{subject.name} in {engine.dtype} on {engine.device}", ceiling_json)
+    formats = engine.dtype if engine.quant is None else f"{engine.quant} in {engine.dtype}"
+    kernels = f"; {'; '.join(subject.notes)}" if subject.notes else ""
+    report.ceiling(f"{subject.name} in {formats} on {engine.device}{kernels}", ceiling_json)
     rows = []
     for batch_size in settings.batch_sizes:
         tests = [(f"pp{n}", n, 0) for n in settings.prompt_lengths]
@@ -49,6 +48,9 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
         "subject": {
             "name": subject.name,
             "dtype": engine.dtype,
+            "quant": None if engine.quant is None else str(engine.quant),
+            "host_kernels": engine.host and dataclasses.asdict(engine.host),
+            "notes": list(subject.notes),
             "num_hidden_layers": engine.config.num_hidden_layers,
             "parameter_bytes": engine.parameter_bytes,
         },
@@ -60,14 +62,14 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
 def _measure(
     name: str,
     engine: ResidentEngine,
-    peer: TransformersPeer | None,
+    peer: TransformersPeer | XlaPeer | None,
     prompts: np.ndarray,
     new_tokens: int,
     ceiling: Ceiling,
     settings: Settings,
 ) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {
-        "jmoe": lambda: _run_engine(engine, prompts, new_tokens),
+        "jmoe": lambda: run_engine(engine, prompts, new_tokens),
         "ceiling": ceiling.read_bytes_per_s if new_tokens else ceiling.matmul_flop_per_s,
     }
     if peer is not None:
@@ -102,15 +104,6 @@ def _measure(
         "neighbours_cpu_share": neighbours.share,
         "peer": peer and {"name": peer.name} | compare(speeds, peer_speeds),
     }
-
-
-def _run_engine(engine: ResidentEngine, prompts: np.ndarray, new_tokens: int) -> Run:
-    # The first new token belongs to the prefill.
-    batch = engine.start(prompts.tolist(), GenerationOptions(max_new_tokens=new_tokens + 1))
-    tokens_BL = np.concatenate([prompts, np.stack(list(batch), axis=1)], axis=1)
-    stats = batch.stats()
-    assert stats.decode_tokens == len(prompts) * new_tokens
-    return Run(stats.prefill_s, stats.decode_s, tokens_BL)
 
 
 def _random_prompts(subject: Subject, batch_size: int, num_tokens: int) -> np.ndarray:

@@ -43,6 +43,8 @@ def describe_machine() -> dict[str, Any]:
 class Neighbours:
     """How much of the machine other processes used inside ``with Neighbours() as n``.
 
+    Child processes are one's own, if they start and end inside.
+
     Attributes:
       share: of all cores; 0 is a machine of one's own.
     """
@@ -59,9 +61,10 @@ class Neighbours:
 
     def _read(self) -> tuple[float, float, float]:
         times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        children = own.children_user + own.children_system  # that have ended
         everything = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
         idle = times.idle + getattr(times, "iowait", 0)
-        return idle, own.user + own.system, everything
+        return idle, own.user + own.system + children, everything
 
 
 def now() -> str:

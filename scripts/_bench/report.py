@@ -84,12 +84,23 @@ def _experts(row: dict[str, Any]) -> str:
     return f"{row['experts_per_layer']:.3g} {row['experts_counted']}"
 
 
+def _megabytes(row: dict[str, Any]) -> str:
+    """Of weights that a step must read, by its tokens."""
+    return _number(row["work_per_token"] / 1e6) if row["bound_by"] == "read" else ""
+
+
+def _gigabytes(bytes_per_s: float | None) -> str:
+    return "" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g}"
+
+
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "test": lambda row: row["test"],
     "batch": lambda row: str(row["batch"]),
     "dtype": lambda row: row["dtype"],
     "tok/s": lambda row: _number(row["tok_per_s"]["median"]),
     "  min - max": lambda row: _range(row["tok_per_s"]),
+    "MB/token": _megabytes,
+    "GB/s": lambda row: _gigabytes(row.get("read_bytes_per_s")),
     "bound": lambda row: _number(row["bound_tok_per_s"]["median"]),
     "of bound": lambda row: f"{row['share_of_bound']['median']:.1%}",
     "bound by": lambda row: row["bound_by"],

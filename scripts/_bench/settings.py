@@ -22,6 +22,9 @@ class Settings:
     repeats: int
     warmup: int
     peer: str
+    operations: tuple[str, ...] = ()  # of the suite kernels, as the following
+    formats: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.batch_sizes:
@@ -41,6 +44,7 @@ class Subject(NamedTuple):
     name: str
     engine: ResidentEngine
     config_json: dict[str, Any]  # as Hugging Face writes it, layers overridden
+    notes: tuple[str, ...] = ()  # of jmoe.load, such as which kernels compute
 
 
 def read_integers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
@@ -53,7 +57,17 @@ def read_integers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
+def check_peer(suite: str, peer: str, peers: Sequence[str]) -> None:
+    """Raises RequestError if a suite cannot be compared with a peer."""
+    if peer not in ("none", *peers):
+        raise RequestError(
+            f"--suite={suite} has no such peer",
+            got=f"--peer={peer}",
+            expected=" or ".join(peers) if peers else "no --peer",
+        )
+
+
 def load_subject(settings: Settings) -> Subject:
     """Loads the model, or fills its shape with random weights (JmoeError)."""
     llm = jmoe.load(settings.model, **settings.loading, progress=True)
-    return Subject(llm.name, llm.engine, dict(llm.config_json))
+    return Subject(llm.name, llm.engine, dict(llm.config_json), llm.notes)

@@ -49,6 +49,7 @@ def take_turns(
     *,
     repeats: int,
     warmup: int,
+    limits: Mapping[str, int] | None = None,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[Any]]:
     """Runs each contestant once per repetition, in the order given: A B A B.
@@ -57,6 +58,7 @@ def take_turns(
       contestants: functions that run one repetition and return its result.
       repeats: results to keep of each.
       warmup: repetitions before those, whose results are dropped.
+      limits: fewer repetitions of slow contestants, who take part in the first ones only.
       progress: called after every call of a contestant.
 
     Returns:
@@ -65,6 +67,8 @@ def take_turns(
     results: dict[str, list[Any]] = {name: [] for name in contestants}
     for repetition in range(warmup + repeats):
         for name, run in contestants.items():
+            if limits and len(results[name]) >= limits.get(name, repeats):
+                continue
             result = run()
             if repetition >= warmup:
                 results[name].append(result)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jmoe
+from jmoe import native
 from jmoe.engines.resident import ResidentEngine
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
@@ -41,12 +42,15 @@ _SMALL = {
 _QUICK = ("--repeats=1", "--warmup=0", "--new_tokens=4", "--prompt_lengths=8")
 
 
-def _bench(*flags: str) -> subprocess.CompletedProcess[str]:
+def _bench(
+    *flags: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    here = {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "scripts/bench.py", *flags],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | here | (environment or {}),
         cwd=_ROOT,
     )
 
@@ -146,6 +150,11 @@ def test_jsonl_of_random_weights_is_json_in_every_line(tmp_path: Path):
         (["--model=mixtral-8x7b", "--random_weights"], "does not fit into the memory"),
         (["--prompt_lengths=1024"], "longer than the model's context"),
         (["--output_file=nowhere/results.jsonl"], "--output_file cannot be written"),
+        (["--threads=0"], "--threads"),
+        (["--peer=torch"], "--suite=decode has no such peer"),
+        (["--suite=load", "--peer=xla"], "--suite=load has no such peer"),
+        (["--peer=xla", "--nohost_kernels"], "there are none in use"),
+        (["--suite=kernels", "--tokens=none"], "--tokens is not usable"),
     ],
 )
 def test_bad_input_is_one_error_and_no_measurement(flags: list[str], message: str):
@@ -155,6 +164,81 @@ def test_bad_input_is_one_error_and_no_measurement(flags: list[str], message: st
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+_NATIVE = pytest.mark.skipif(not native.status().available, reason=native.status().reason)
+
+
+@_NATIVE
+def test_kernels_are_measured_beside_memory_and_xla(tmp_path: Path):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(_SMALL))
+    result = _bench(
+        "--suite=kernels",
+        f"--model={config}",
+        "--formats=4g16,bf16",
+        "--tokens=1,5",
+        "--quant=attention=4g16,head=8g16sf",
+        "--repeats=1",
+        "--warmup=0",
+        "--threads=1",
+    )
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    rows = summary["rows"]
+    expected = [
+        *(("experts", "4g16", tokens, bits) for tokens in (1, 5) for bits in ("8", "16", "24")),
+        *(("experts", "bf16", tokens, "float") for tokens in (1, 5)),
+        *(("projection 32x32", "4g16", n, bits) for n in (1, 5) for bits in ("8", "16", "24")),
+        *(("head 256x32", "8g16sf", 1, bits) for bits in ("8", "16", "24")),
+        *(("attend 64 positions", name, 1, "float") for name in ("bf16", "f32")),
+    ]
+    names = ("what", "form", "tokens", "activation_bits")
+    assert [tuple(row[name] for name in names) for row in rows] == expected
+    largest_nmse = {"8": 1e-2, "16": 1e-6, "24": 1e-9, "float": 1e-3}
+    for row in rows:
+        assert 0 <= row["nmse"] < largest_nmse[row["activation_bits"]]
+        assert row["bytes_per_s"]["median"] > 0
+        assert row["xla"]["ratio_of_medians"] > 0
+    one, five = rows[0], rows[3]
+    assert five["flop"] == 5 * one["flop"] == 5 * 2 * 3 * 2 * 32 * 48
+    assert five["weight_bytes"] == 2 * one["weight_bytes"]  # all four experts, not two
+    assert len(one["seconds"]["samples"]) == 4 * len(five["seconds"]["samples"])
+    assert summary["ceiling"]["num_threads"] == 1
+
+
+@_NATIVE
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--formats=3g16"], "no host kernel for this format"),
+        (["--formats=5g64"], "quantization is to 8, 4, 3 or 2 bits"),
+        (["--model=nowhere"], "no model of this name is known"),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_measure(flags: list[str], message: str):
+    result = _bench("--suite=kernels", *flags)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+@_NATIVE
+def test_the_host_kernels_are_compared_with_xla():
+    result = _bench(*_QUICK, "--quant=int8", "--method=rtn", "--peer=xla", "--threads=1")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["subject"]["host_kernels"]["num_threads"] == 1
+    for row in summary["rows"]:
+        assert row["peer"]["name"] == "jmoe without host kernels"
+        assert row["peer"]["pair_ratio"]["median"] > 0
+
+
+def test_kernels_need_kernels():
+    environment = {"JMOE_NATIVE": "0"}
+    result = _bench("--suite=kernels", environment=environment)
+    assert result.returncode == 2
+    assert "switched off by JMOE_NATIVE=0" in result.stderr
 
 
 def test_help_explains_the_suites():
@@ -186,6 +270,18 @@ def test_repetitions_take_turns_and_warm_up_is_dropped():
     assert calls == ["a", "b"] * 3
     assert results == {"a": [3, 5], "b": [4, 6]}
     assert len(ticks) == 6
+
+
+def test_a_slow_contestant_takes_part_in_the_first_repetitions_only():
+    calls = []
+    results = statistics.take_turns(
+        {name: lambda name=name: calls.append(name) for name in "ab"},
+        repeats=3,
+        warmup=1,
+        limits={"b": 1},
+    )
+    assert "".join(calls) == "ababaa"
+    assert {name: len(runs) for name, runs in results.items()} == {"a": 3, "b": 1}
 
 
 def test_pairs_are_compared_before_the_median_is_taken():
