@@ -77,6 +77,7 @@ def main() -> None:
             repetitions=_REPETITIONS.value,
             warmup=_WARMUP.value,
             together=together,
+            skipped=skipped,
         )
     rows = [
         row | {"neighbours_cpu_share": neighbours.share}

@@ -10,6 +10,7 @@ from _bench.statistics import compare, summarize, take_turns
 from tqdm import tqdm
 
 from _peers.peers import OURS, Candidate, Comparison
+from jmoe.errors import RequestError
 
 _FIRST_TOKEN = 300  # after the tokens for bytes and control, in any vocabulary
 
@@ -23,6 +24,7 @@ def measure(
     repetitions: int,
     warmup: int,
     together: bool,
+    skipped: dict[str, str],
 ) -> tuple[dict[str, Runs], dict[str, dict[str, Any]]]:
     """Every peer's runs, and facts.
 
@@ -33,6 +35,7 @@ def measure(
       warmup: runs before these.
       together: all are loaded at once, and take turns; else one after another is loaded, and runs
         all its repetitions.
+      skipped: gets the names of those that cannot be loaded, and why.
     """
     vocabulary = comparison.config_json()["vocab_size"]
     rng = random.Random(0)
@@ -47,7 +50,14 @@ def measure(
                 contestants: dict[str, Callable[[], dict[str, Any]]] = {}
                 for candidate in group:
                     bar.set_description(f"loading {candidate.name}")
-                    process = candidate.start()
+                    try:
+                        process = candidate.start()
+                    except RequestError as error:
+                        if candidate.name == OURS:
+                            raise
+                        skipped[candidate.name] = f"{error.what}: {error.got}"
+                        bar.write(f"without {candidate.name}: {error.got}", file=sys.stderr)
+                        continue
                     stack.callback(process.close)
                     facts[candidate.name] = process.facts
                     bar.update()

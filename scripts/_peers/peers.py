@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from _peers import q4_0
 from _peers.process import PeerProcess, worker_command
-from jmoe.errors import JmoeError, RequestError
+from jmoe.errors import RequestError
 from jmoe.models import families
 from jmoe.planning import memory, sizes
 from jmoe.quant.spec import parse_spec
@@ -164,10 +164,9 @@ def _llama_cpp(comparison: Comparison) -> Candidate | str:
     if problem is not None:
         return "not installed here; --llama_cpp_python names a Python that has it"
     raw = comparison.config_json()
-    try:
-        file = _gguf_file(raw, Path(comparison.cache_dir), Path(comparison.model).stem)
-    except JmoeError as error:
-        return f"{error.what}: {error.got}, needs {error.expected}"
+    file = _gguf_file(raw, Path(comparison.cache_dir), Path(comparison.model).stem)
+    if isinstance(file, str):
+        return file
     settings = {
         "config": raw,
         "file": str(file),
@@ -193,8 +192,8 @@ def _import_problem(python: str) -> str | None:
     return result.stderr.strip().splitlines()[-1] if result.returncode else None
 
 
-def _gguf_file(raw: dict[str, Any], directory: Path, name: str) -> Path:
-    """Where the file of a shape is or will be; raises if there is no room for it."""
+def _gguf_file(raw: dict[str, Any], directory: Path, name: str) -> Path | str:
+    """Where the file of a shape is or will be; or why it cannot be there."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
     file = directory / f"{name}-{raw['num_hidden_layers']}-layers-q4_0-{digest}.gguf"
     if file.exists():
@@ -202,16 +201,12 @@ def _gguf_file(raw: dict[str, Any], directory: Path, name: str) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(
-            "--cache_dir cannot be made", where=directory, got=error.strerror
-        ) from None
+        return f"--cache_dir={directory} cannot be made: {error.strerror}"
     free = shutil.disk_usage(directory).free
     needed = q4_0.total_bytes(raw) + _SPARE_DISK_BYTES
     if free < needed:
-        raise RequestError(
-            "no room for its file in --cache_dir",
-            where=directory,
-            got=f"{free / 2**30:.1f} GiB free",
-            expected=f"{needed / 2**30:.1f} GiB",
+        return (
+            f"no room for its file in --cache_dir={directory}: {needed / 2**30:.1f} GiB needed, "
+            f"{free / 2**30:.1f} free"
         )
     return file

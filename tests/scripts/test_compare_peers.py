@@ -137,11 +137,26 @@ def test_peers_take_turns_if_there_is_room_for_all(
         repetitions=1,
         warmup=1,
         together=together,
+        skipped={},
     )
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines == [f"{name} 8 4" for name in order]
     assert [len(runs) for runs in results.values()] == [1, 1]
     assert facts["b"]["name"] == "b"
+
+
+def test_a_peer_that_cannot_be_loaded_is_left_out(tmp_path: Path, small: str):
+    skipped: dict[str, str] = {}
+    results, facts = measure.measure(
+        [fake(tmp_path, "jmoe"), fake(tmp_path, "other", fails="load")],
+        comparison(small),
+        repetitions=1,
+        warmup=0,
+        together=True,
+        skipped=skipped,
+    )
+    assert results.keys() == facts.keys() == {"jmoe"}
+    assert skipped == {"other": "other failed: ValueError: no such weights"}
 
 
 def test_rows_hold_speeds_and_the_ratio_to_ours(small: str):
