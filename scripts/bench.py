@@ -23,6 +23,7 @@ Examples:
   python scripts/bench.py --quant=int4 --peer=xla --threads=2
   python scripts/bench.py --suite=kernels --peer=torch
   python scripts/bench.py --suite=kernels --formats=4g64,bf16 --tokens=1,16 --activation_bits=8
+  python scripts/bench.py --suite=kernels --operation=linear --operation=attend --threads=1
   python scripts/bench.py --suite=load --models=path/to/model,path/to/store
   python scripts/bench.py --suite=convert --model=mixtral-8x7b --random_weights --num_layers=1
   python scripts/bench.py --peer=transformers --output_file=results.jsonl

@@ -53,6 +53,8 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         raise RequestError("the host kernels are the CPU's", do="set JAX_PLATFORMS=cpu")
+    if not settings.loading["host_kernels"]:
+        raise RequestError("--suite=kernels measures the host kernels", got="--nohost_kernels")
     native.require()
     config = read_model_shape(settings.model or _DEFAULT_MODEL).config
     bits: tuple[ActivationBits, ...] = (8, 16, 24)
