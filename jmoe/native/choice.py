@@ -15,7 +15,7 @@ from jmoe.quant.formats import DenseFormat, Format, QuantFormat
 from jmoe.quant.quant_array import QuantArray
 
 ActivationBits = Literal[8, 16, 24]
-DEFAULT_ACTIVATION_BITS: ActivationBits = 16
+DEFAULT_ACTIVATION_BITS: ActivationBits = 8
 
 # Of three bits, a group's third bits would be less than a lane of the vectors.
 _MIN_GROUP_SIZE_3_BITS = 32
@@ -34,7 +34,9 @@ class HostKernels:
 
     Attributes:
       activation_bits: fixed-point bits of activations that meet weights in few bits: 24 is as
-        exact as float32, 8 the fastest (``native.ops`` states the errors).
+        exact as float32, 8 the fastest (``native.ops`` states the errors). With a scale for every
+        group of weights, 8 changed the perplexity of a 4-bit model by less than 0.02 %
+        (docs/measurements/host-kernels.md).
       num_threads: at most so many; 0 takes all that XLA has.
     """
 

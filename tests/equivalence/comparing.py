@@ -1,5 +1,6 @@
 """A checkpoint loaded twice, by jmoe and by transformers, and the comparisons of the two."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -34,6 +35,12 @@ class Pair:
         """Writes a random checkpoint, and loads it."""
         write_random_mixtral(spec, directory)
         return cls(spec.name, directory)
+
+    def with_host_kernels(self) -> Self:
+        """The same checkpoint and reference, with ours computed by the host kernels."""
+        pair = copy.copy(self)
+        pair.engine = running.with_host_kernels(self.engine)
+        return pair
 
     def prompt(self, length: int) -> list[int]:
         if self._text_ids is not None:

@@ -3,6 +3,7 @@
 import pytest
 
 import jmoe
+from jmoe import native
 from jmoe.api import EMBEDDED_MODEL
 from tests.equivalence.checkpoints import RANDOM_MIXTRALS
 
@@ -31,3 +32,11 @@ def pair(request, tmp_path_factory):
     from tests.equivalence.comparing import Pair
 
     return Pair.random(request.param, tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="session")
+def host_pair(pair):
+    """The same, computed by the host kernels."""
+    if not native.status().available:
+        pytest.skip(native.status().reason)
+    return pair.with_host_kernels()

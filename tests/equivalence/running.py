@@ -13,6 +13,7 @@ from jmoe.engines.resident import ResidentEngine
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import families, kv_cache
 from jmoe.models.decoder import rebuild
+from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import prompt_chunks
 from jmoe.store.checkpoint import Checkpoint
 from jmoe.store.json_files import read_config_json
@@ -20,12 +21,20 @@ from jmoe.store.parameters import check_tensors, read_parameters
 
 
 def load_engine(directory: Path, dtype: str = "float32") -> ResidentEngine:
-    """What ``jmoe.load`` does, for a checkpoint without a tokenizer."""
+    """What ``jmoe.load`` does without host kernels, for a checkpoint without a tokenizer."""
     config = families.config_from_json(read_config_json(directory), directory)
     checkpoint = Checkpoint.open(directory)
     check_tensors(checkpoint, config)
     parameters = read_parameters(checkpoint, config, dtype)
     return ResidentEngine(config, parameters, dtype, jax.local_devices()[0])
+
+
+def with_host_kernels(engine: ResidentEngine) -> ResidentEngine:
+    """The same weights, computed by the host kernels where there are some."""
+    host = HostKernels()
+    return ResidentEngine(
+        engine.config, engine.parameters, engine.dtype, engine.device, engine.quant, host
+    )
 
 
 def greedy(
@@ -60,11 +69,11 @@ def batch_logits(
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "form"))
-def _batch_logits(parameters, cache, token_ids_BL, lengths_B, *, config, dtype, quant, form):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "host", "form"))
+def _batch_logits(parameters, cache, token_ids_BL, lengths_B, *, config, dtype, quant, host, form):
     batch_size, length = token_ids_BL.shape
     valid_BL = jnp.arange(length) < lengths_B[:, None]
-    model = rebuild(config, dtype, parameters, quant)
+    model = rebuild(config, dtype, parameters, quant, host)
     start_B = jnp.zeros(batch_size, jnp.int32)
     hidden_BLD, _, routings = model(token_ids_BL, start_B, valid_BL, cache, form)
     margins_NT = jnp.stack([router_margin(r.probs_TE, config.router.top_k) for r in routings])

@@ -37,6 +37,16 @@ def test_greedy_continuation_after_several_chunks_equals_that_of_transformers(pa
     assert pair.greedy(LONG_PROMPT) == pair.reference_greedy(LONG_PROMPT)
 
 
+@pytest.mark.parametrize("length", [*PROMPT_LENGTHS, LONG_PROMPT])
+def test_host_kernels_give_the_logits_of_transformers(host_pair, length):
+    assert host_pair.max_nmse(length) <= MAX_NMSE
+
+
+def test_host_kernels_continue_an_unequal_batch_like_transformers(host_pair):
+    expected = [host_pair.reference_greedy(length) for length in PROMPT_LENGTHS]
+    assert host_pair.greedy_batch() == expected
+
+
 def test_both_spellings_of_the_rotary_settings_give_equal_configs(pair):
     config_json = read_config_json(pair.directory)
     if "rope_parameters" not in config_json:
