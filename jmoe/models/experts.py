@@ -34,7 +34,8 @@ from jmoe.models.linear import (
 from jmoe.models.router import Routing
 from jmoe.models.weights import parameter
 from jmoe.native import ops
-from jmoe.native.choice import HostKernels, supports
+from jmoe.native.choice import HostKernels
+from jmoe.quant.formats import BF16, F32
 from jmoe.quant.layout import MATRICES, ExpertLayout
 from jmoe.quant.matmul import MAX_REDUCE_ROWS
 from jmoe.quant.spec import QuantSpec
@@ -83,8 +84,7 @@ class Experts(nnx.Module):
         num_experts = config.router.num_experts
         hidden, width = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
-        formats = () if quant is None else quant.experts_formats
-        self.host = host if all(map(supports, formats)) else None
+        self.host = host
         self.layout = None
         if quant is not None:
             self.layout = ExpertLayout.of(hidden, width, quant)
@@ -123,27 +123,35 @@ class Experts(nnx.Module):
           dtype of x.
         """
         with jax.named_scope("experts"):
-            if self.host is not None and self.activation == "silu":
-                return self._on_host(x_TD, routing, valid_T, self.host)
             stacks, ids_TK = self.stacks(), routing.expert_ids_TK
+            num_experts = routing.probs_TE.shape[1]
+            if self._is_for_host(ids_TK.size // num_experts):
+                return self._on_host(x_TD, routing, valid_T)
             activation = ACTIVATIONS[self.activation]
             if form.kind == "reduce":
                 y_TKD = _reduce(x_TD, ids_TK, stacks, activation)
             else:
-                num_experts = routing.probs_TE.shape[1]
                 plan = plan_blocks(ids_TK, valid_T, num_experts, form.block_rows)
                 y_TKD = _blocks(x_TD, plan, stacks, activation, form).reshape(*ids_TK.shape, -1)
             return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
 
-    def _on_host(
-        self, x_TD: jax.Array, routing: Routing, valid_T: jax.Array, host: HostKernels
-    ) -> jax.Array:
+    def _is_for_host(self, rows_per_expert: int) -> bool:
+        if self.host is None or self.activation != "silu":
+            return False
+        if self.layout is not None:
+            formats = self.layout.formats
+        else:
+            formats = (BF16 if self.w1[...].dtype == jnp.bfloat16 else F32,)
+        return self.host.takes_experts(formats, rows_per_expert)
+
+    def _on_host(self, x_TD: jax.Array, routing: Routing, valid_T: jax.Array) -> jax.Array:
+        assert self.host is not None
         assignments = routing.expert_ids_TK, routing.weights_TK, valid_T
-        threads = host.num_threads
+        threads = self.host.num_threads
         if self.layout is None:
             w1, w3, w2 = (w[...] for w in (self.w1, self.w3, self.w2))
             return ops.experts_of_arrays(x_TD, *assignments, w1, w3, w2, threads)
-        bits = host.activation_bits
+        bits = self.host.activation_bits
         return ops.experts(x_TD, *assignments, self.blobs[...], self.layout, bits, threads)
 
 

@@ -51,7 +51,8 @@ def linear(
       x @ w.T, accumulated and returned in float32 for every input dtype: callers round once,
       where they mean to, and XLA:CPU has a fast path for bfloat16 only with a float32 result.
     """
-    if host is not None and host.takes(w_OI):
+    num_rows = math.prod(x.shape[:-1])
+    if host is not None and host.takes(w_OI, num_rows):
         rows = x.reshape(-1, x.shape[-1])
         y = ops.linear(rows, w_OI, host.activation_bits, host.num_threads)
         return y.reshape(*x.shape[:-1], -1)
@@ -59,7 +60,6 @@ def linear(
         rows = x.reshape(-1, x.shape[-1])
         y = lax.platform_dependent(rows, w_OI, cpu=_linear_cpu, default=_linear_accelerator)
         return y.reshape(*x.shape[:-1], -1)
-    num_rows = math.prod(x.shape[:-1])
     if x.dtype == jnp.bfloat16 and num_rows < MIN_ROWS_BFLOAT16_CPU:
         return lax.platform_dependent(x, w_OI, cpu=_padded_dot, default=dot)
     return dot(x, w_OI)

@@ -5,17 +5,22 @@ to XLA.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jmoe.errors import ConfigError
-from jmoe.quant.formats import DenseFormat, Format, QuantFormat
+from jmoe.quant.formats import BF16, DenseFormat, Format, QuantFormat
 from jmoe.quant.quant_array import QuantArray
 
 ActivationBits = Literal[8, 16, 24]
 DEFAULT_ACTIVATION_BITS: ActivationBits = 8
+
+# XLA's products of plain matrices are faster from so many rows on: it has instructions for
+# bfloat16, and a library for float32.
+MAX_DENSE_ROWS = 64
 
 # Of three bits, a group's third bits would be less than a lane of the vectors.
 _MIN_GROUP_SIZE_3_BITS = 32
@@ -53,11 +58,18 @@ class HostKernels:
         if self.num_threads < 0:
             raise ConfigError("the number of threads is negative", got=self.num_threads)
 
-    def takes(self, w: jax.Array | QuantArray) -> bool:
-        """Whether there is a kernel for products with a weight."""
+    def takes(self, w: jax.Array | QuantArray, num_rows: int) -> bool:
+        """Whether to multiply so many rows by a weight with a kernel."""
         if isinstance(w, QuantArray):
             return supports(w.format)
-        return w.dtype in (jnp.float32, jnp.bfloat16)
+        return w.dtype in (jnp.float32, jnp.bfloat16) and num_rows <= MAX_DENSE_ROWS
+
+    def takes_experts(self, formats: Sequence[Format], rows_per_expert: int) -> bool:
+        """Whether to compute experts, of which each has about so many tokens, with kernels."""
+        is_bfloat16 = BF16 in formats
+        return all(map(supports, formats)) and not (
+            is_bfloat16 and rows_per_expert > MAX_DENSE_ROWS
+        )
 
 
 def uncovered(formats: tuple[Format, ...]) -> tuple[QuantFormat, ...]:

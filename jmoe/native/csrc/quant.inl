@@ -32,7 +32,12 @@ struct QuantRows {
 };
 
 // Small arrays stay in registers only if their loops are gone before compilers place them.
+// (Not so where vectors are arrays: that takes compilers minutes.)
+#ifdef JMOE_VECTORS_ARE_ARRAYS
+#define JMOE_UNROLL
+#else
 #define JMOE_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace JMOE_ISA {
 
@@ -253,57 +258,74 @@ inline Ints extract(Ints codes) {
 // waits for memory as long as it computes.
 constexpr int64_t kAhead2 = 8192;
 constexpr int64_t kAhead1 = 1024;
-constexpr int64_t kRowsAhead = 8;
 
-// Decodes scales and zero points a vector of groups at a time: visit(g, scales, zeros, num) gets the num <= kFloats
-// groups from g on; scales beyond them are zero.
-template <typename Visit>
-inline void visit_groups(const QuantView& w, int64_t row, Visit visit) {
-  const int64_t num_groups = w.num_groups();
-  const bool whole_vectors = num_groups % kFloats == 0 && (w.nested == nullptr || w.nested_size % kFloats == 0);
-  if (!whole_vectors) {
-    for (int64_t g = 0; g < num_groups; g += kFloats) {
-      const int64_t num = num_groups - g < kFloats ? num_groups - g : kFloats;
-      float scales[kFloats] = {};
-      float zeros[kFloats] = {};
-      decode_groups(w, row, g, num, scales, zeros);
-      visit(g, load(scales), load(zeros), num);
+// Decodes scales and zero points of a row, a vector of groups at a time, where whole vectors share their second-level
+// parameters; else by way of decode_groups.
+class RowGroups {
+ public:
+  JMOE_INLINE RowGroups(const QuantView& w, int64_t row)
+      : w_(w),
+        row_(row),
+        num_groups_(w.num_groups()),
+        nested_(w.nested != nullptr),
+        whole_vectors_(num_groups_ % kFloats == 0 && (!nested_ || w.nested_size % kFloats == 0)),
+        scales_(static_cast<const uint8_t*>(w.scales) + row * num_groups_ * (nested_ ? 1 : 2)),
+        zeros_(w.zeros == nullptr ? nullptr
+                                  : static_cast<const uint8_t*>(w.zeros) + row * num_groups_ * (nested_ ? 1 : 2)),
+        nested_end_(0),
+        step_(w.nested + row * w.num_nested * width()),
+        scale_step_(zero()),
+        scale_base_(zero()),
+        zero_step_(zero()),
+        zero_base_(broadcast(static_cast<float>(1 << (w.bits - 1)))) {}
+
+  // The kFloats groups from g on, which must be the ones after those of the call before; scales beyond the row's are 0.
+  JMOE_INLINE void next(int64_t g, Floats* scales, Floats* zeros) {
+    if (!whole_vectors_) {
+      float some_scales[kFloats] = {};
+      float some_zeros[kFloats] = {};
+      const int64_t rest = num_groups_ - g;
+      decode_groups(w_, row_, g, rest < kFloats ? rest : kFloats, some_scales, some_zeros);
+      *scales = load(some_scales);
+      *zeros = load(some_zeros);
+    } else if (nested_) {
+      if (g == nested_end_) {
+        scale_step_ = broadcast(step_[0]);
+        scale_base_ = broadcast(step_[1]);
+        if (zeros_ != nullptr) {
+          zero_step_ = broadcast(step_[2]);
+          zero_base_ = broadcast(step_[3]);
+        }
+        step_ += width();
+        nested_end_ += w_.nested_size;
+      }
+      *scales = fma(load_u8(scales_ + g), scale_step_, scale_base_);
+      *zeros = zeros_ != nullptr ? fma(load_u8(zeros_ + g), zero_step_, zero_base_) : zero_base_;
+    } else {
+      *scales = load_bf16(reinterpret_cast<const uint16_t*>(scales_) + g);
+      *zeros = zeros_ != nullptr ? load_bf16(reinterpret_cast<const uint16_t*>(zeros_) + g) : zero_base_;
     }
-    return;
   }
-  const Floats middle = broadcast(static_cast<float>(1 << (w.bits - 1)));
-  if (w.nested == nullptr) {
-    const uint16_t* s = static_cast<const uint16_t*>(w.scales) + row * num_groups;
-    const uint16_t* z = static_cast<const uint16_t*>(w.zeros) + row * num_groups;
-    for (int64_t g = 0; g < num_groups; g += kFloats) {
-      visit(g, load_bf16(s + g), w.zeros != nullptr ? load_bf16(z + g) : middle, kFloats);
-    }
-    return;
-  }
-  const int64_t width = w.zeros == nullptr ? 2 : 4;
-  const uint8_t* s = static_cast<const uint8_t*>(w.scales) + row * num_groups;
-  const uint8_t* z = static_cast<const uint8_t*>(w.zeros) + row * num_groups;
-  const float* step = w.nested + row * w.num_nested * width;
-  for (int64_t g = 0; g < num_groups; g += 64) {
-    prefetch(s + kRowsAhead * num_groups + g);
-    prefetch(z + kRowsAhead * num_groups + g);
-  }
-  prefetch(step + kRowsAhead * w.num_nested * width);
-  for (int64_t g = 0; g < num_groups; step += width) {
-    const Floats scale_step = broadcast(step[0]);
-    const Floats scale_base = broadcast(step[1]);
-    const Floats zero_step = w.zeros != nullptr ? broadcast(step[2]) : zero();
-    const Floats zero_base = w.zeros != nullptr ? broadcast(step[3]) : middle;
-    for (const int64_t end = g + w.nested_size; g < end; g += kFloats) {
-      const Floats scales = fma(load_u8(s + g), scale_step, scale_base);
-      visit(g, scales, w.zeros != nullptr ? fma(load_u8(z + g), zero_step, zero_base) : middle, kFloats);
-    }
-  }
-}
+
+ private:
+  JMOE_INLINE int64_t width() const { return w_.zeros == nullptr ? 2 : 4; }
+
+  const QuantView& w_;
+  const int64_t row_;
+  const int64_t num_groups_;
+  const bool nested_;
+  const bool whole_vectors_;
+  const uint8_t* const scales_;
+  const uint8_t* const zeros_;
+  int64_t nested_end_;
+  const float* step_;
+  Floats scale_step_, scale_base_, zero_step_, zero_base_;
+};
 
 // Sums of code * x over one vector of packed codes, by lane.
 template <int kPlaneBits, int kPlanes, int kTokens, int kField = 0>
-inline void dot_fields(Ints codes, const int8_t* const (&x)[kTokens], int64_t offset, Ints (&acc)[kTokens][kPlanes]) {
+JMOE_INLINE void dot_fields(Ints codes, const int8_t* const (&x)[kTokens], int64_t offset,
+                            Ints (&acc)[kTokens][kPlanes]) {
   const Ints field = extract<kPlaneBits, kField>(codes);
   JMOE_UNROLL for (int t = 0; t < kTokens; ++t) {
     JMOE_UNROLL for (int p = 0; p < kPlanes; ++p) {
@@ -316,7 +338,7 @@ inline void dot_fields(Ints codes, const int8_t* const (&x)[kTokens], int64_t of
 
 // The value of planes of sums: exact in integers where they fit, which is for codes of up to 4 bits.
 template <int kPlaneBits, int kPlanes>
-inline Floats join_planes(const Ints (&acc)[kPlanes]) {
+JMOE_INLINE Floats join_planes(const Ints (&acc)[kPlanes]) {
   if constexpr (kPlanes == 1) {
     return to_floats(acc[0]);
   } else if constexpr (kPlanes == 2) {
@@ -335,9 +357,11 @@ struct GroupsOfLanes {
 
   void fill(int64_t bytes_of_group) {
     group_bytes = bytes_of_group;
+    int shift = 0;  // no division: it is a power of two
+    while ((int64_t{1} << shift) < group_bytes) ++shift;
     for (int64_t i = 0; i < group_bytes / 4; ++i) {
       int32_t groups[kFloats];
-      for (int64_t j = 0; j < kFloats; ++j) groups[j] = static_cast<int32_t>((i * kBytes + 4 * j) / group_bytes);
+      for (int64_t j = 0; j < kFloats; ++j) groups[j] = static_cast<int32_t>((i * kBytes + 4 * j) >> shift);
       of_vector[i] = load_ints(groups);
     }
   }
@@ -349,9 +373,9 @@ struct GroupsOfLanes {
 // Scales stay in registers. In memory they would have to be read across the boundaries of what was just written, which
 // waits until that is no longer speculative: until the weights before it have come from memory.
 template <int kPlaneBits, int kPlanes, int kTokens, int kFactor>
-inline void stream_plane(const uint8_t* row, int64_t byte, int64_t end, const Ints* group_of_lane,
-                         const int8_t* const (&x)[kTokens], const Floats (&scales)[kTokens],
-                         Floats (&total)[kTokens]) {
+JMOE_INLINE void stream_plane(const uint8_t* row, int64_t byte, int64_t end, const Ints* group_of_lane,
+                              const int8_t* const (&x)[kTokens], const Floats (&scales)[kTokens],
+                              Floats (&total)[kTokens]) {
   while (byte < end) {
     prefetch_2(row + byte + kAhead2);
     prefetch(row + byte + kAhead1);
@@ -371,10 +395,11 @@ inline void stream_plane(const uint8_t* row, int64_t byte, int64_t end, const In
   }
 }
 
-// One row of the weights times kTokens rows of x.
+// A row of the weights times kTokens rows of x, from `first_token` on; beyond the last one it is taken again.
+// One row at a time: two are faster in a cache, and half as fast from memory.
 template <int kBits, int kPlanes, int kTokens>
 inline void stream_row(const QuantView& w, const GroupsOfLanes& low, const GroupsOfLanes& high, int64_t row,
-                       const QuantRows& x, const int64_t (&token)[kTokens], float (&y)[kTokens]) {
+                       const QuantRows& x, const Selection& selection, int64_t first_token, float (&y)[kTokens]) {
   constexpr int kLowBits = kBits == 3 ? 2 : kBits;
   const uint8_t* codes = w.codes + row * w.row_bytes();
   const uint8_t* high_codes = codes + CodePlane<2>::row_bytes(w.columns);  // of 3 bits
@@ -385,62 +410,72 @@ inline void stream_row(const QuantView& w, const GroupsOfLanes& low, const Group
   Floats total[kTokens];
   Floats offset[kTokens];
   JMOE_UNROLL for (int t = 0; t < kTokens; ++t) {
-    fields[t] = x.bytes + token[t] * x.row_bytes + x.field_offset;
+    const int64_t i = first_token + t < selection.num_rows ? first_token + t : selection.num_rows - 1;
+    const int64_t token = selection.index != nullptr ? selection.index[i] : i;
+    fields[t] = x.bytes + token * x.row_bytes + x.field_offset;
     high_fields[t] = fields[t] + field_bytes(2, w.columns, kPlanes);
-    x_scales[t] = x.scales + token[t] * x.floats_stride;
-    x_sums[t] = x.sums + token[t] * x.floats_stride;
+    x_scales[t] = x.scales + token * x.floats_stride;
+    x_sums[t] = x.sums + token * x.floats_stride;
     total[t] = offset[t] = zero();
   }
-  visit_groups(w, row, [&](int64_t g, Floats s, Floats z, int64_t num) {
+  const int64_t num_groups = w.num_groups();
+  RowGroups groups(w, row);
+  for (int64_t g = 0; g < num_groups; g += kFloats) {
+    Floats s, z;
+    groups.next(g, &s, &z);
     const Floats both = mul(s, z);
     Floats scales[kTokens];
     JMOE_UNROLL for (int t = 0; t < kTokens; ++t) {
       scales[t] = mul(s, load(x_scales[t] + g));
       offset[t] = fma(both, load(x_sums[t] + g), offset[t]);
     }
-    stream_plane<kLowBits, kPlanes, kTokens, 1>(codes, g * low.group_bytes, (g + num) * low.group_bytes, low.of_vector,
+    const int64_t end = g + kFloats < num_groups ? g + kFloats : num_groups;
+    stream_plane<kLowBits, kPlanes, kTokens, 1>(codes, g * low.group_bytes, end * low.group_bytes, low.of_vector,
                                                 fields, scales, total);
     if constexpr (kBits == 3) {
-      stream_plane<1, kPlanes, kTokens, 4>(high_codes, g * high.group_bytes, (g + num) * high.group_bytes,
-                                           high.of_vector, high_fields, scales, total);
+      stream_plane<1, kPlanes, kTokens, 4>(high_codes, g * high.group_bytes, end * high.group_bytes, high.of_vector,
+                                           high_fields, scales, total);
     }
-  });
+  }
   JMOE_UNROLL for (int t = 0; t < kTokens; ++t) y[t] = sum(sub(total[t], offset[t]));
 }
 
 template <int kBits, int kPlanes, int kTokens>
-inline void stream_tokens(const QuantView& w, const GroupsOfLanes& low, const GroupsOfLanes& high, int64_t first_row,
-                          int64_t row, const QuantRows& x, const Selection& selection, int64_t first_token) {
-  int64_t token[kTokens];
-  float y[kTokens];
-  JMOE_UNROLL for (int t = 0; t < kTokens; ++t) {
-    const int64_t i = first_token + t < selection.num_rows ? first_token + t : selection.num_rows - 1;
-    token[t] = selection.index != nullptr ? selection.index[i] : i;
-  }
-  stream_row<kBits, kPlanes, kTokens>(w, low, high, first_row + row, x, token, y);
-  for (int t = 0; t < kTokens && first_token + t < selection.num_rows; ++t) {
-    selection.y[(first_token + t) * selection.stride + row] = y[t];
+inline void stream_rows(const QuantView& w, const GroupsOfLanes& low, const GroupsOfLanes& high, int64_t first_row,
+                        int64_t num_rows, const QuantRows& x, const Selection& selection, int64_t first_token) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    float y[kTokens];
+    stream_row<kBits, kPlanes, kTokens>(w, low, high, first_row + row, x, selection, first_token, y);
+    for (int t = 0; t < kTokens && first_token + t < selection.num_rows; ++t) {
+      selection.y[(first_token + t) * selection.stride + row] = y[t];
+    }
   }
 }
 
 template <int kBits, int kPlanes>
 inline void stream(const QuantView& w, int64_t first_row, int64_t num_rows, const QuantRows& x,
                    const Selection& selection) {
+  // More planes leave fewer registers, and every form takes compilers its time.
+  constexpr int kMost = kPlanes == 1 ? 4 : kPlanes == 2 ? 2 : 1;
+  constexpr int64_t kRowsAtOnce = 16;  // which stay in a cache from one block of tokens to the next
   GroupsOfLanes low, high;
   low.fill(CodePlane<(kBits == 3 ? 2 : kBits)>::group_bytes(w.group_size));
   if constexpr (kBits == 3) high.fill(CodePlane<1>::group_bytes(w.group_size));
-  for (int64_t row = 0; row < num_rows; ++row) {
+  for (int64_t row = 0; row < num_rows; row += kRowsAtOnce) {
+    const int64_t rows = num_rows - row < kRowsAtOnce ? num_rows - row : kRowsAtOnce;
+    Selection part = selection;
+    part.y += row;
     for (int64_t token = 0; token < selection.num_rows;) {
       const int64_t left = selection.num_rows - token;
-      if (left == 1) {
-        stream_tokens<kBits, kPlanes, 1>(w, low, high, first_row, row, x, selection, token);
+      if (kMost == 1 || left == 1) {
+        stream_rows<kBits, kPlanes, 1>(w, low, high, first_row + row, rows, x, part, token);
         token += 1;
-      } else if (left == 2) {
-        stream_tokens<kBits, kPlanes, 2>(w, low, high, first_row, row, x, selection, token);
+      } else if (kMost == 2 || left == 2) {
+        stream_rows<kBits, kPlanes, (kMost > 1 ? 2 : 1)>(w, low, high, first_row + row, rows, x, part, token);
         token += 2;
       } else {
-        stream_tokens<kBits, kPlanes, 4>(w, low, high, first_row, row, x, selection, token);
-        token += 4;
+        stream_rows<kBits, kPlanes, kMost>(w, low, high, first_row + row, rows, x, part, token);
+        token += kMost;
       }
     }
   }

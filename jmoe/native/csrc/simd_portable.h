@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define JMOE_VECTORS_ARE_ARRAYS
+
 namespace jmoe::JMOE_ISA {
 
 constexpr int kFloats = 8;
@@ -210,7 +212,9 @@ inline Floats to_floats(Ints a) {
 }
 // Nearest, ties to even. |a| < 2^31.
 inline Ints to_ints(Floats a) {
-  return each_int([&](int i) { return static_cast<int32_t>(std::nearbyintf(a.lane[i])); });
+  return each_int([&](int i) {  // of NaN a conversion may be anything, and is 0 here
+    return std::fabs(a.lane[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a.lane[i])) : 0;
+  });
 }
 // The lowest byte of every int32 lane.
 inline void store_low_bytes(int8_t* p, Ints a) {
