@@ -1,10 +1,12 @@
 """What the suite kernels measures: operations and their weights, as calls to make in turn.
 
 Weights are random and far larger than any cache: there are several of everything, and every call
-takes the next. The XLA program beside a kernel is the one that a model without kernels runs.
+takes the next. The XLA program beside a kernel is the one that a model without kernels runs; a
+model with them may leave to XLA what that does better.
 """
 
 import functools
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -206,16 +208,27 @@ def _compile(program: Any, inputs: Sequence[Any], **static: Any) -> Call:
 
 @functools.partial(jax.jit, static_argnames=("config", "quant", "host", "form"))
 def _experts(blobs, x_TD, routing, *, config, quant, host, form) -> jax.Array:
-    graph, state = nnx.split(Experts(config, str(x_TD.dtype), quant, host))
+    valid_T = jnp.ones(x_TD.shape[0], bool)
+    if host is not None:
+        layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
+        ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+        bits, threads = host.activation_bits, host.num_threads
+        return ops.experts(x_TD, ids_TK, weights_TK, valid_T, blobs, layout, bits, threads)
+    graph, state = nnx.split(Experts(config, str(x_TD.dtype), quant))
     experts = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [blobs]))
-    return experts(x_TD, routing, jnp.ones(x_TD.shape[0], bool), form)
+    return experts(x_TD, routing, valid_T, form)
 
 
 @functools.partial(jax.jit, static_argnames=("host",))
 def _products(x, weights, *, host) -> jax.Array:
     dtype = x.dtype
     for w in weights:
-        x = linear(x.astype(dtype), w, host)
+        x = x.astype(dtype)
+        x = (
+            ops.linear(x, w, host.activation_bits, host.num_threads)
+            if host is not None
+            else linear(x, w)
+        )
     return x
 
 
@@ -253,6 +266,7 @@ def _activations(num_tokens: int, num_columns: int, fmt: Format) -> jax.Array:
 
 def _expert_blobs(layout: ExpertLayout, num_experts: int, device: jax.Device) -> np.ndarray:
     """Experts that are all equal: making up random ones takes longer than measuring them."""
+    gc.collect()  # JAX keeps what it compiled, and its arguments, in circles
     check_fits(
         num_experts * layout.num_bytes,
         device,
@@ -260,7 +274,8 @@ def _expert_blobs(layout: ExpertLayout, num_experts: int, device: jax.Device) ->
         do="leave this format out of --formats",
     )
     blobs = aligned_empty((num_experts, layout.num_items), layout.dtype)
-    blobs[:] = _random_blobs(layout, 1)
+    blobs[0] = _random_blobs(layout, 1)
+    blobs[1:] = blobs[0]
     return blobs
 
 
