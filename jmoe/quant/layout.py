@@ -114,6 +114,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.nd
     return buffer[offset : offset + num_bytes].view(dtype).reshape(shape)
 
 
+def is_aligned(array: np.ndarray) -> bool:
+    """Whether XLA:CPU takes it without a copy."""
+    return array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous
+
+
 def aligned_as(array: np.ndarray, dtype: np.dtype | type | str) -> np.ndarray:
     """An aligned array of this type; the same one if it is of this type already."""
     if array.dtype == jnp.dtype(dtype):

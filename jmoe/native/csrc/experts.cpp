@@ -9,6 +9,8 @@ namespace jmoe {
 
 namespace {
 
+constexpr int64_t kMostColumns = 128;  // of the output at a time: rows of w2
+
 // The tokens of one expert, as a run of rows of `hidden`.
 struct ActiveExpert {
   int64_t expert;
@@ -90,7 +92,7 @@ void run_experts(const ExpertsCall& call, Threads& threads) {
     return most;
   }();
   for (AlignedBuffer& buffer : scratch) {  // here, because a body must not throw
-    buffer.get(std::max(2 * most_rows * rows_of_up, num_rows * 32) * static_cast<int64_t>(sizeof(float)));
+    buffer.get(std::max(2 * most_rows * rows_of_up, num_rows * kMostColumns) * static_cast<int64_t>(sizeof(float)));
   }
   threads.run(num_active * parts_of_up, [&](int64_t part, int thread) {
     const ActiveExpert& active = grouped.active[part / parts_of_up];
@@ -113,25 +115,25 @@ void run_experts(const ExpertsCall& call, Threads& threads) {
                                 hidden_rows_memory);
   std::vector<int32_t> row_ids(num_rows);
   std::iota(row_ids.begin(), row_ids.end(), 0);
-  constexpr int64_t kColumns = 32;  // of the output at a time: rows of w2
-  const int64_t parts_of_down = (call.hidden_size + kColumns - 1) / kColumns;
+  const int64_t columns = std::min(rows_per_part(call.hidden_size, num_threads), kMostColumns);
+  const int64_t parts_of_down = (call.hidden_size + columns - 1) / columns;
   threads.run(parts_of_down, [&](int64_t part, int thread) {
-    const int64_t first = part * kColumns;
-    const int64_t size = std::min(kColumns, call.hidden_size - first);
-    float* down = scratch[thread].floats(num_rows * kColumns);
+    const int64_t first = part * columns;
+    const int64_t size = std::min(columns, call.hidden_size - first);
+    float* down = scratch[thread].floats(num_rows * kMostColumns);
     for (const ActiveExpert& active : grouped.active) {
       const MatrixView w2 = of_expert(call.matrices[2], active.expert * call.strides[2]);
       hidden_rows.multiply(w2, first, size,
-                           {row_ids.data() + active.first_row, active.num_rows, down + active.first_row * kColumns,
-                            kColumns});
+                           {row_ids.data() + active.first_row, active.num_rows, down + active.first_row * columns,
+                            columns});
     }
     for (int64_t token = 0; token < call.num_tokens; ++token) {
-      float total[kColumns] = {};
+      float total[kMostColumns] = {};
       for (int64_t k = 0; k < call.top_k; ++k) {
         const int64_t row = grouped.row_of_assignment[token * call.top_k + k];
         if (row < 0) continue;
         const float weight = call.weights[token * call.top_k + k];
-        for (int64_t i = 0; i < size; ++i) total[i] += down[row * kColumns + i] * weight;
+        for (int64_t i = 0; i < size; ++i) total[i] += down[row * columns + i] * weight;
       }
       kernels.from_float32(total, call.out, call.x.type, token * call.hidden_size + first, size);
     }

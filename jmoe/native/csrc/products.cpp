@@ -36,9 +36,10 @@ const float* as_float32(const Kernels& kernels, const FloatView& x, int64_t n, A
 }
 
 int64_t rows_per_part(int64_t num_rows, int num_threads) {
-  // Several parts for every thread: one may be slowed down by its neighbours.
+  // Several parts for every thread: one may be slowed down by its neighbours. But long ones: at the start of a part
+  // nothing was fetched ahead, and at its end something was in vain.
   const int64_t wanted = num_rows / (8 * num_threads) / 32 * 32;
-  return std::clamp<int64_t>(wanted, 32, 128);
+  return std::clamp<int64_t>(wanted, 32, 512);
 }
 
 }  // namespace jmoe
