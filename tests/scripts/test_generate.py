@@ -34,9 +34,10 @@ def test_without_flags_the_embedded_model_writes_python():
     assert re.search(r"^    def \w+\(self", text, re.MULTILINE), text
     stderr = result.stderr.decode().splitlines()
     assert stderr[0].startswith("tiny-mixtral (embedded): mixtral, 16.9 M parameters")
-    assert stderr[1] == "prompt: class Reader:"
-    assert re.match(r"prefill \d+ tokens in .* tok/s\).*compilation, [\d.]+ s", stderr[3])
-    assert len(stderr) == 4
+    assert stderr[1].startswith("host kernels: ")
+    assert stderr[2] == "prompt: class Reader:"
+    assert re.match(r"prefill \d+ tokens in .* tok/s\).*compilation, [\d.]+ s", stderr[4])
+    assert len(stderr) == 5
 
 
 def test_json_is_one_object_with_everything():
