@@ -39,6 +39,7 @@ _REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Measured, of each program
 _WARMUP = flags.DEFINE_integer("warmup", 1, "Repetitions before, not measured.", lower_bound=0)
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
 
+_QUIET = 0.05
 _MODEL = "mixtral-8x7b"
 flags.set_default(_model_flags.MODEL, _MODEL)
 flags.set_default(_model_flags.RANDOM_WEIGHTS, True)
@@ -78,6 +79,11 @@ def main() -> None:
             warmup=_WARMUP.value,
             together=together,
             skipped=skipped,
+        )
+    if neighbours.share > _QUIET:
+        _common.note(
+            f"other processes used {neighbours.share:.0%} of this machine: programs whose threads "
+            "spin while they wait suffer more from that than others; compare on a quiet machine"
         )
     rows = [
         row | {"neighbours_cpu_share": neighbours.share}

@@ -2,6 +2,8 @@
 
 Decoding is bounded by reading the weights in use once per step, processing a prompt by its
 products. Small models can exceed the first: weights that stay in a cache are not read from memory.
+Host kernels can exceed the second: it is XLA's product in the model's dtype, and theirs may be in
+8 bits.
 """
 
 import functools

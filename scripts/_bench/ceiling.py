@@ -43,7 +43,7 @@ class Ceiling:
     def __init__(self, device: jax.Device, dtype: str):
         is_cpu = device.platform == "cpu"
         self._num_bytes = _CPU_READ_BYTES if is_cpu else _DEVICE_READ_BYTES
-        # Aligned, XLA takes it as it is; its copy would lie in small pages, and be read more slowly.
+        # Aligned, XLA takes it as it is. A copy would lie in small pages, and be read more slowly.
         array = aligned_empty((self._num_bytes // 4,), np.float32)
         array[:] = 1
         on_device = jax.device_put(array, device)

@@ -40,7 +40,7 @@ from jmoe.quant.spec import parse_spec
 _DEFAULT_MODEL = "mixtral-8x7b"
 _DEFAULT_QUANT = "int4"
 _ONE_TOKEN_REPEATS = 4  # times as many: it is quick, and easily disturbed
-_TEST_S = 10.0  # of a test with more repetitions than these:
+_TEST_S = 6.0  # of a test with more repetitions than these:
 _MIN_REPEATS = 2
 _XLA_REPEATS = 3
 _SLOW_S = 1.0
