@@ -1,7 +1,14 @@
 """jmoe: Mixture-of-Experts language models in JAX, where the accelerator is too small for them."""
 
 from jmoe.api import LLM, Chunk, GenerationResult, load
-from jmoe.errors import CapacityError, CheckpointError, ConfigError, JmoeError, RequestError
+from jmoe.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    JmoeError,
+    RequestError,
+    TransferError,
+)
 from jmoe.generation.options import GenerationOptions, check_options
 from jmoe.metrics import GenerationStats
 
@@ -18,6 +25,7 @@ __all__ = [
     "GenerationStats",
     "JmoeError",
     "RequestError",
+    "TransferError",
     "check_options",
     "load",
 ]

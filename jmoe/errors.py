@@ -52,5 +52,9 @@ class CapacityError(JmoeError):
     """The work does not fit into the memory of this machine."""
 
 
+class TransferError(JmoeError):
+    """Copying an expert to the device failed, or was given up because the engine was closed."""
+
+
 class RequestError(JmoeError):
     """A prompt or a generation option is not usable."""
