@@ -6,6 +6,7 @@ are traced, and compiled code sees arrays only.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +26,41 @@ from jmoe.models.weights import matrix, parameter
 from jmoe.native.choice import HostKernels
 from jmoe.quant.spec import QuantSpec
 
+Abstract = tuple[nnx.GraphDef, nnx.State]
+Parameters = tuple[jax.Array | np.ndarray, ...]
+
+
+def rotation_at(
+    start_B: Int[Array, " B"], num_positions: int, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions start_B to start_B + num_positions - 1."""
+    positions_BL = start_B[:, None] + jnp.arange(num_positions)
+    return rope.rotation(positions_BL, config.rope, config.head_dim)
+
 
 class DecoderLayer(nnx.Module):
-    """Attention, router and experts, each behind a norm and added to the residual stream."""
+    """Attention, router and experts, each behind a norm and added to the residual stream.
+
+    Without experts it is what an engine runs that keeps those elsewhere (``rebuild_layer``).
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        layer: int,
+        window: int | None,
         dtype: str,
         quant: QuantSpec | None,
         host: HostKernels | None,
+        with_experts: bool = True,
     ):
         make_norm = NORMS[config.norm.kind]
         self.router_config = config.router
         self.input_norm = make_norm(config.norm, config.hidden_size, dtype)
-        self.attention = Attention(config, config.sliding_windows[layer], dtype, quant, host)
+        self.attention = Attention(config, window, dtype, quant, host)
         self.post_norm = make_norm(config.norm, config.hidden_size, dtype)
         self.router = parameter((config.router.num_experts, config.hidden_size), dtype)
-        self.experts = Experts(config, dtype, quant, host)
+        if with_experts:
+            self.experts = Experts(config, dtype, quant, host)
 
     def attend(self, x_BLD, start_B, rotation, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Adds attention to the residual stream."""
@@ -64,7 +81,38 @@ class DecoderLayer(nnx.Module):
         return x_BLD + out_TD.reshape(x_BLD.shape), cache, routing
 
 
-class Decoder(nnx.Module):
+class Ends(nnx.Module):
+    """What comes before the first layer of a decoder and after the last one."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        quant: QuantSpec | None = None,
+        host: HostKernels | None = None,
+    ):
+        vocabulary_shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.dtype = dtype
+        self.host = host
+        self.embed_tokens = matrix(vocabulary_shape, quant and quant.embeddings, dtype)
+        self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = matrix(vocabulary_shape, quant and quant.head, dtype)
+
+    def embed(self, token_ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """The residual stream before the first layer."""
+        return embed(token_ids, self.embed_tokens[...]).astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Scores of every token of the vocabulary, float32, from normalised hidden states."""
+        with jax.named_scope("lm_head"):
+            tied = self.config.tie_word_embeddings
+            head = self.embed_tokens if tied else self.lm_head
+            return linear(hidden, head[...], self.host)
+
+
+class Decoder(Ends):
     """A Mixture-of-Experts decoder.
 
     Made without weights: see ``rebuild``.
@@ -84,17 +132,10 @@ class Decoder(nnx.Module):
         quant: QuantSpec | None = None,
         host: HostKernels | None = None,
     ):
-        vocabulary_shape = (config.vocab_size, config.hidden_size)
-        self.config = config
-        self.dtype = dtype
-        self.host = host
-        self.embed_tokens = matrix(vocabulary_shape, quant and quant.embeddings, dtype)
+        super().__init__(config, dtype, quant, host)
         self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype, quant, host) for i in range(config.num_hidden_layers)]
+            [DecoderLayer(config, window, dtype, quant, host) for window in config.sliding_windows]
         )
-        self.final_norm = NORMS[config.norm.kind](config.norm, config.hidden_size, dtype)
-        if not config.tie_word_embeddings:
-            self.lm_head = matrix(vocabulary_shape, quant and quant.head, dtype)
 
     def __call__(
         self,
@@ -117,9 +158,8 @@ class Decoder(nnx.Module):
           The normalised hidden states, for ``logits``; the cache with the new positions; and
           each layer's routing, which costs nothing in a program that does not return it.
         """
-        positions_BL = start_B[:, None] + jnp.arange(token_ids_BL.shape[1])
-        rotation = rope.rotation(positions_BL, self.config.rope, self.config.head_dim)
-        x_BLD = embed(token_ids_BL, self.embed_tokens[...]).astype(self.dtype)
+        rotation = rotation_at(start_B, token_ids_BL.shape[1], self.config)
+        x_BLD = self.embed(token_ids_BL)
         layer_caches, routings = [], []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer_{i}"):
@@ -130,13 +170,6 @@ class Decoder(nnx.Module):
             routings.append(routing)
         return self.final_norm(x_BLD), KVCache(tuple(layer_caches)), tuple(routings)
 
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Scores of every token of the vocabulary, float32."""
-        with jax.named_scope("lm_head"):
-            tied = self.config.tie_word_embeddings
-            head = self.embed_tokens if tied else self.lm_head
-            return linear(hidden, head[...], self.host)
-
 
 @functools.lru_cache(maxsize=8)
 def abstract_decoder(
@@ -144,9 +177,29 @@ def abstract_decoder(
     dtype: str = "bfloat16",
     quant: QuantSpec | None = None,
     host: HostKernels | None = None,
-) -> tuple[nnx.GraphDef, nnx.State]:
+) -> Abstract:
     """Structure and shapes of a decoder, without allocating anything."""
     return nnx.split(Decoder(config, dtype, quant, host))
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_ends(
+    config: ModelConfig, dtype: str, quant: QuantSpec | None, host: HostKernels | None
+) -> Abstract:
+    """Likewise of what comes before and after the layers."""
+    return nnx.split(Ends(config, dtype, quant, host))
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_layer(
+    config: ModelConfig,
+    window: int | None,
+    dtype: str,
+    quant: QuantSpec | None,
+    host: HostKernels | None,
+) -> Abstract:
+    """Likewise of a layer without its experts."""
+    return nnx.split(DecoderLayer(config, window, dtype, quant, host, with_experts=False))
 
 
 def abstract_parameters(
@@ -162,7 +215,7 @@ def abstract_parameters(
 def rebuild(
     config: ModelConfig,
     dtype: str,
-    parameters: tuple[jax.Array | np.ndarray, ...],
+    parameters: Parameters,
     quant: QuantSpec | None = None,
     host: HostKernels | None = None,
 ) -> Decoder:
@@ -175,5 +228,32 @@ def rebuild(
       quant: formats of the quantized parameters.
       host: kernels to compute with, on the CPU backend.
     """
-    graphdef, state = abstract_decoder(config, dtype, quant, host)
+    return _merge(abstract_decoder(config, dtype, quant, host), parameters)
+
+
+def rebuild_ends(
+    config: ModelConfig,
+    dtype: str,
+    parameters: Parameters,
+    quant: QuantSpec | None,
+    host: HostKernels | None,
+) -> Ends:
+    """Like ``rebuild``: from those of its arrays that belong to no layer."""
+    return _merge(abstract_ends(config, dtype, quant, host), parameters)
+
+
+def rebuild_layer(
+    config: ModelConfig,
+    window: int | None,
+    dtype: str,
+    parameters: Parameters,
+    quant: QuantSpec | None,
+    host: HostKernels | None,
+) -> DecoderLayer:
+    """Like ``rebuild``: from those of its arrays that belong to one layer, but for its experts."""
+    return _merge(abstract_layer(config, window, dtype, quant, host), parameters)
+
+
+def _merge(abstract: Abstract, parameters: Parameters) -> Any:
+    graphdef, state = abstract
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), parameters))

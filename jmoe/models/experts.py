@@ -155,6 +155,51 @@ class Experts(nnx.Module):
         return ops.experts(x_TD, *assignments, self.blobs[...], self.layout, bits, threads)
 
 
+def expert_form(num_rows: int, platform: str) -> ExpertForm:
+    """How XLA takes so many rows through one expert in an array of its own."""
+    if platform == "cpu":
+        return ExpertForm("blocks", num_rows, CPU_TILE_BYTES)
+    reduce = num_rows <= MAX_REDUCE_ROWS
+    return ExpertForm("blocks", num_rows, None if reduce else ACCELERATOR_TILE_BYTES, reduce)
+
+
+def expert_output(
+    x_RD: Float[Array, "R D"],
+    valid_R: Bool[Array, " R"],
+    blob: jax.Array,
+    layout: ExpertLayout,
+    activation: str,
+    form: ExpertForm,
+    host: HostKernels | None,
+) -> Float[Array, "R D"]:
+    """Rows through one expert that lies in an array of its own, in float32.
+
+    Args:
+      x_RD: normalised residual stream.
+      valid_R: rows to compute; the others come out as rubbish or zero.
+      blob: [items], as the layout says.
+      layout: of the blob.
+      activation: of the gate projection.
+      form: how XLA computes it (``expert_form``), where no host kernels do.
+      host: kernels to compute with, on the CPU backend.
+    """
+    with jax.named_scope("expert"):
+        stack = blob[None]
+        num_rows = x_RD.shape[0]
+        is_for_host = host is not None and activation == "silu"
+        if is_for_host and host.takes_experts(layout.formats, num_rows):
+            ids_R1 = jnp.zeros((num_rows, 1), jnp.int32)
+            ones_R1 = jnp.ones((num_rows, 1), jnp.float32)
+            x = x_RD.astype(jnp.float32)
+            bits, threads = host.activation_bits, host.num_threads
+            return ops.experts(x, ids_R1, ones_R1, valid_R, stack, layout, bits, threads)
+        w1, w3, w2 = (BlobStack(stack, layout, matrix) for matrix in MATRICES)
+        stacks, index = (w1, w3, w2), jnp.int32(0)
+        return _feed_forward(
+            x_RD, index, stacks, ACTIVATIONS[activation], form.tile_bytes, form.reduce
+        )
+
+
 def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
     """Adds up expert outputs, weighted, in float32 and in the order of k."""
     total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]
