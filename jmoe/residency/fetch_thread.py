@@ -1,0 +1,317 @@
+"""The thread behind the Fetcher (prefetch.py), and what the two share.
+
+Ctrl-C can interrupt the engine between any two instructions. So changes are ordered to leave
+something consistent behind at every point; locks are those of the interpreter itself, which
+``with`` cannot be interrupted in taking or giving back (``threading.Condition`` can, and stays
+locked); and nobody waits while holding one.
+"""
+
+import atexit
+import collections
+import contextlib
+import queue
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jmoe.errors import JmoeError, TransferError
+from jmoe.residency.eviction import ExpertKey
+from jmoe.residency.link import CLOSED, Link
+
+THREAD_NAME = "jmoe-fetcher"
+JOIN_TIMEOUT_S = 1.0
+
+TransferKind = Literal["demand", "prefetch"]
+
+
+class Transfer(NamedTuple):
+    """A copy that has arrived. Times are those of ``time.perf_counter``.
+
+    Attributes:
+      key: the expert.
+      kind: "demand" if it was needed at once when the copy started, else "prefetch".
+      queued_s: when it was asked for first.
+      started_s: when the copy was started; it may have waited for others on the link after that.
+      finished_s: when it was seen to have arrived.
+      num_bytes: of the blob.
+      wanted: False if it was cancelled while it was under way.
+    """
+
+    key: ExpertKey
+    kind: TransferKind
+    queued_s: float
+    started_s: float
+    finished_s: float
+    num_bytes: int
+    wanted: bool
+
+
+class Job:
+    """One copy of one expert. ``arrived`` is released once, when ``done`` is set."""
+
+    __slots__ = (
+        "array",
+        "arrived",
+        "done",
+        "error",
+        "handed_over",
+        "key",
+        "kind",
+        "num_bytes",
+        "queued_s",
+        "started",
+        "started_s",
+    )
+
+    def __init__(self, key: ExpertKey, kind: TransferKind):
+        self.key = key
+        self.kind: TransferKind = kind
+        self.queued_s = time.perf_counter()
+        self.started_s = 0.0
+        self.num_bytes = 0
+        self.started = False
+        self.done = False  # may be waited for without blocking
+        self.handed_over = False
+        self.array: jax.Array | None = None
+        self.error: Exception | None = None
+        self.arrived = threading.Lock()
+        self.arrived.acquire()
+
+    def publish(self) -> None:
+        if not self.done:
+            self.done = True
+            self.arrived.release()
+
+
+class FetchState:
+    """What the Fetcher and its thread share; guarded by ``lock``. Does not refer to the Fetcher.
+
+    A job is queued (in ``demands`` or ``prefetches``), then flying, then neither. Those that the
+    engine still wants are in ``jobs``: what is in a queue and not in there is skipped.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        read_blob: Callable[[ExpertKey], np.ndarray],
+        max_in_flight: int,
+        on_transfer: Callable[[Transfer], None] | None,
+    ):
+        self.lock = threading.Lock()
+        self.jobs: dict[ExpertKey, Job] = {}
+        self.demands: dict[ExpertKey, Job] = {}
+        self.prefetches: dict[ExpertKey, Job] = {}
+        self.flying: collections.deque[Job] = collections.deque()
+        self.landed: threading.Lock | None = None  # released when nothing is flying
+        self.transfers: list[Transfer] | None = None
+        self.closed = False
+        self._failure: BaseException | None = None
+        self._link = link
+        self._read_blob = read_blob
+        self._max_in_flight = max_in_flight
+        self._on_transfer = on_transfer
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # may be put to in a finalizer
+        self._idle = False  # the thread waits for the bell, or is about to
+        self._claimed = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    # Called by the engine's thread.
+
+    def check_open(self) -> None:
+        if self._failure is not None:
+            raise TransferError("the thread that copies experts has failed") from self._failure
+        if self.closed:
+            raise TransferError(CLOSED)
+
+    def ensure_thread(self) -> None:
+        self.check_open()
+        # A thread without identity was made, but Ctrl-C came before it was started.
+        if self._thread is None or self._thread.ident is None:
+            thread = threading.Thread(target=_run, args=(self,), name=THREAD_NAME, daemon=True)
+            self._thread = thread
+            _live_states.add(self)
+            thread.start()
+
+    def flying_job(self, key: ExpertKey) -> Job | None:
+        """The job of a key that is under way, wanted or not."""
+        return next((job for job in self.flying if job.key == key), None)
+
+    def promote(self, job: Job) -> None:
+        self.demands[job.key] = job
+        self.prefetches.pop(job.key, None)
+        job.kind = "demand"
+
+    def wake(self) -> None:
+        if self._idle:
+            self._bell.put(None)
+
+    def stop(self) -> None:
+        """Lets the thread end. Takes no lock: a finalizer may call it, on any thread."""
+        self.closed = True
+        self._bell.put(None)
+        self._link.close()
+
+    def join(self) -> None:
+        """Waits for the thread's end, but not for a device that does not answer."""
+        if self._thread is threading.current_thread():
+            return  # in a finalizer, perhaps with the lock taken
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join(JOIN_TIMEOUT_S)
+        self._abandon()
+
+    # Called by the thread.
+
+    def run(self) -> None:
+        if not self._claimed.acquire(blocking=False):
+            return  # there is another one, because Ctrl-C came when it was just starting
+        self._thread = threading.current_thread()
+        try:
+            while not self.closed:
+                if not self._step():
+                    self._bell.get()
+                    self._idle = False
+        except BaseException as error:  # or the engine would wait for ever
+            self._failure = error
+            self.stop()
+        self._abandon()
+        self.flying.clear()
+
+    def _step(self) -> bool:
+        """Starts a copy if there may be one more, else finishes the oldest."""
+        with self.lock:
+            job = self._next_job()
+            if job is None and not self.flying:
+                self._idle = True
+                return False
+        if job is not None:
+            self._start(job)
+        else:
+            self._finish(self.flying[0])
+        return True
+
+    def _next_job(self) -> Job | None:
+        if len(self.flying) >= self._max_in_flight:
+            return None
+        for waiting in (self.demands, self.prefetches):
+            while waiting:
+                job = waiting.pop(next(iter(waiting)))
+                if not job.started and self.jobs.get(job.key) is job:
+                    job.started = True
+                    self.flying.append(job)
+                    return job
+        return None
+
+    def _start(self, job: Job) -> None:
+        job.started_s = time.perf_counter()
+        try:
+            blob = self._read_blob(job.key)
+            job.num_bytes = blob.nbytes
+            job.array = self._link.start(blob)
+        except Exception as error:
+            self._land(job, error)
+        else:
+            if self._link.hands_out_early:
+                with self.lock:
+                    job.publish()
+
+    def _finish(self, job: Job) -> None:
+        assert job.array is not None
+        try:
+            self._link.finish(job.array)
+        except Exception as error:
+            self._land(job, error)
+        else:
+            self._record(job, time.perf_counter())
+            self._land(job, None)
+
+    def _record(self, job: Job, now_s: float) -> None:
+        if self.transfers is None and self._on_transfer is None:
+            return
+        wanted = job.handed_over or self.jobs.get(job.key) is job
+        transfer = Transfer(
+            job.key, job.kind, job.queued_s, job.started_s, now_s, job.num_bytes, wanted
+        )
+        if (transfers := self.transfers) is not None:
+            transfers.append(transfer)
+        if self._on_transfer is not None:
+            self._on_transfer(transfer)
+
+    def _land(self, job: Job, error: Exception | None) -> None:
+        with self.lock:
+            self.flying.remove(job)
+            if error is not None:
+                # In this order: wait() reads them in the other one, and without the lock.
+                job.error = _explained(error, job.key)
+                job.array = None
+            elif self.jobs.get(job.key) is not job:
+                job.array = None
+            job.publish()
+            if not self.flying:
+                self._release_landed()
+
+    def _abandon(self) -> None:
+        """Wakes whoever waits: nothing will come any more."""
+        with self.lock:
+            for job in self.jobs.values():
+                job.publish()
+            self._release_landed()
+            self.demands.clear()
+            self.prefetches.clear()
+            self.jobs.clear()
+
+    def _release_landed(self) -> None:
+        if self.landed is not None:
+            self.landed.release()
+            self.landed = None
+
+
+def _run(state: FetchState) -> None:
+    state.run()
+
+
+def name_of(key: ExpertKey) -> str:
+    return f"layer {key.layer}, expert {key.expert}"
+
+
+def _explained(error: Exception, key: ExpertKey) -> JmoeError:
+    """The error for the user, saying which expert it is about."""
+    where = name_of(key)
+    if isinstance(error, JmoeError):
+        explained = type(error)(
+            error.what,
+            where=where if error.where is None else f"{where}; {error.where}",
+            got=error.got,
+            expected=error.expected,
+            do=error.do,
+        )
+    else:
+        explained = TransferError(
+            "copying an expert to the device failed",
+            where=where,
+            got=f"{type(error).__name__}: {error}",
+        )
+    explained.__cause__ = error
+    # Memory that was to be copied to would otherwise live as long as the error.
+    traceback.clear_frames(error.__traceback__)
+    return explained
+
+
+_live_states: "weakref.WeakSet[FetchState]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # Before JAX takes its backends down, which it registered earlier: a thread that is inside of
+    # one then would crash.
+    states = list(_live_states)
+    for state in states:
+        with contextlib.suppress(Exception):
+            state.stop()
+    for state in states:
+        state.join()
