@@ -14,15 +14,17 @@ pool's victim becomes a place of staging: nothing is copied, and the victim can 
 its new place is needed.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
-from jmoe.residency.entries import CacheCounters, Entry, ExpertKey, Load, NoRoom, Pool
+from jmoe.residency.entries import CacheCounters, Entry, ExpertKey, Load, NoRoom
 from jmoe.residency.eviction import Eviction
+from jmoe.residency.places import Places
 
 __all__ = ["CacheCounters", "ExpertKey", "Load", "NoRoom", "SlotCache"]
 
 
-class SlotCache:
+class SlotCache(Places):
     """Which experts are on the device, and which have to go when others are needed.
 
     Every key has at most one entry, every entry a place of its own. Pinned experts, and those
@@ -54,42 +56,14 @@ class SlotCache:
           eviction: the rule; no other cache may use it.
           min_free: so many places of staging speculation leaves for needed experts.
         """
-        self.num_experts = num_experts
-        self.counters = CacheCounters()
-        self._eviction = eviction
+        super().__init__(
+            slots,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            num_staging=num_staging,
+            eviction=eviction,
+        )
         self._min_free = min_free
-        self._keys = [[ExpertKey(i, e) for e in range(num_experts)] for i in range(num_layers)]
-        self._entries: dict[ExpertKey, Entry] = {}
-        self._pinned: set[ExpertKey] = set()
-        self._make_places(slots, num_staging)
-
-    def _make_places(self, slots: Sequence[int] | int, num_staging: int) -> None:
-        num_layers = len(self._keys)
-        self.slots = slots if isinstance(slots, int) else tuple(slots)
-        self.num_staging = num_staging
-        sizes = [slots] if isinstance(slots, int) else list(slots)
-        assert isinstance(slots, int) or len(sizes) == num_layers
-        assert num_staging >= 0 and all(size >= 0 for size in sizes)
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        pools = [Pool(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        self.num_places = ends[-1] + num_staging
-        self._pools = pools * num_layers if isinstance(slots, int) else pools
-        self._free = list(reversed(range(ends[-1], self.num_places)))
-        self._staged: dict[ExpertKey, Entry] = {}  # oldest first
-
-    def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def place_of(self, key: ExpertKey) -> int | None:
-        entry = self._entries.get(key)
-        return None if entry is None else entry.place
-
-    def resident(self, layer: int) -> tuple[int, ...]:
-        """The experts of a layer that have a slot, in ascending order."""
-        return tuple(sorted(key.expert for key in self._pools[layer].entries if key.layer == layer))
 
     def use(
         self, layer: int, experts: Sequence[int], busy: Collection[ExpertKey] = frozenset()
@@ -205,14 +179,15 @@ class SlotCache:
           The evicted keys, whose arrays are to be dropped.
         """
         pool = self._pools[layer]
-        held = [sum(key.layer == i for key in pool.entries) for i in range(len(self._keys))]
         share = pool.size // self._pools.count(pool)
+        held = Counter(key.layer for key in pool.entries)
         wanted = [self._keys[layer][expert] for expert in ranked[: max(share, held[layer])]]
         self._eviction.touch(wanted[::-1])
         num_needed = sum(key not in pool.entries for key in wanted) - len(pool.free)
+        kept = set(wanted)
         evicted: list[ExpertKey] = []
         while len(evicted) < num_needed:
-            movable = [key for key in self._movable(pool, busy) if key not in wanted]
+            movable = [key for key in self._movable(pool, busy) if key not in kept]
             candidates = [key for key in movable if key.layer == layer] or [
                 key for key in movable if held[key.layer] > share
             ]
@@ -230,6 +205,7 @@ class SlotCache:
         if entry.staged:
             if not self._pools[key.layer].free:
                 return False
+            self._mark_used(entry)
             self._take_slot(entry)
         return True
 
@@ -246,8 +222,7 @@ class SlotCache:
         for key in keys:
             pool = self._pools[key.layer]
             assert key not in self._entries and pool.free
-            entry = Entry(key, pool.free.pop(), staged=False)
-            self._entries[key] = pool.entries[key] = entry
+            self._enter(key, ())
 
     def resize(self, slots: Sequence[int] | int, num_staging: int) -> list[ExpertKey]:
         """Changes the places. Nothing may be pinned, and no copy under way. Places are renumbered.
@@ -292,21 +267,10 @@ class SlotCache:
         self._evict(self._entries[victim])
         return self._enter(key, (victim,))
 
-    def _enter(self, key: ExpertKey, evicted: tuple[ExpertKey, ...]) -> Load:
-        """Puts a new expert into a free slot of its pool."""
-        pool = self._pools[key.layer]
-        entry = Entry(key, pool.free.pop(), staged=False)
-        self._entries[key] = pool.entries[key] = entry
-        return Load(key, entry.place, evicted)
-
     def _stage_needed(
         self, key: ExpertKey, busy: Collection[ExpertKey], *, may_break: bool
     ) -> Load | None:
-        """Finds a place of staging for a needed expert.
-
-        What was predicted last gives way, if it may and nothing else can: it is likely to be
-        needed last.
-        """
+        """Finds a place of staging; of live predictions the last one gives way, if it may."""
         if self._free:
             return self._stage(key, None)
         recyclable = self._recyclable(busy)
@@ -317,72 +281,17 @@ class SlotCache:
             ]
         return self._stage(key, recyclable[0]) if recyclable else None
 
-    def _recyclable(self, busy: Collection[ExpertKey]) -> list[Entry]:
-        """Entries of staging whose place may be taken for anything, oldest first."""
-        pinned = self._pinned
-        return [
-            entry
-            for key, entry in self._staged.items()
-            if not entry.live and key not in pinned and key not in busy
-        ]
-
-    def _stage(self, key: ExpertKey, old: Entry | None, *, unused: bool = False) -> Load:
-        """Puts a new expert into a free place of staging, or into that of an old entry."""
-        if old is not None:
-            self._evict(old)
-        entry = Entry(key, self._free.pop(), staged=True, unused=unused)
-        self._entries[key] = self._staged[key] = entry
-        return Load(key, entry.place, () if old is None else (old.key,))
-
     def _use_staged(self, entry: Entry, busy: Collection[ExpertKey]) -> None:
         """Gives a staged expert that is used a slot, if it can have one."""
         key = entry.key
-        self.counters.useful += entry.unused
-        entry.unused = entry.live = False
+        self._mark_used(entry)
         pool = self._pools[key.layer]
         if not pool.free:
             movable = self._movable(pool, busy)
             victim = self._eviction.victim(movable) if movable else None
             if victim is None or not self._eviction.admits(key, victim):
-                self._staged[key] = self._staged.pop(key)  # the youngest now
+                self._staged[key] = self._staged.pop(key)  # the youngest of staging now
                 return
             demoted = self._staged[victim] = pool.entries.pop(victim)
             demoted.staged = True
         self._take_slot(entry)
-
-    def _take_slot(self, entry: Entry) -> None:
-        """Makes the place of a staged entry a slot, in exchange for a free slot if there is one."""
-        pool = self._pools[entry.key.layer]
-        if pool.free:
-            self._free.append(pool.free.pop())
-        del self._staged[entry.key]
-        entry.staged = False
-        pool.entries[entry.key] = entry
-
-    def _movable(self, pool: Pool, busy: Collection[ExpertKey]) -> list[ExpertKey]:
-        pinned = self._pinned
-        return [key for key in pool.entries if key not in pinned and key not in busy]
-
-    def _evict(self, entry: Entry) -> None:
-        """Takes an entry out because its place is needed."""
-        self._count_loss(entry)
-        self._remove(entry)
-
-    def _count_loss(self, entry: Entry) -> None:
-        if entry.unused:
-            self.counters.useless += 1
-        else:
-            self.counters.evictions += 1
-
-    def _remove(self, entry: Entry) -> None:
-        """Takes an entry out; its place is free."""
-        key = entry.key
-        del self._entries[key]
-        self._eviction.forget(key)
-        if entry.staged:
-            del self._staged[key]
-            self._free.append(entry.place)
-        else:
-            pool = self._pools[key.layer]
-            del pool.entries[key]
-            pool.free.append(entry.place)
