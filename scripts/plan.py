@@ -1,11 +1,13 @@
-"""Says how many bytes a model takes, by component, and how much of it fits into a device's memory.
+"""Says how many bytes a model takes, by component, and how a device's memory would be spent on it.
 
-From its configuration alone: reads no weights and needs no device. --quant=all compares the
-presets. Text or one JSON object goes to stdout.
+From its configuration alone: reads no weights and needs no device. With --device_memory_gib or
+--policy comes the plan by which generate.py would run it on an accelerator: where every byte
+goes, and why. --quant=all compares the presets. Text or one JSON object goes to stdout.
 
 Examples:
   python scripts/plan.py --model=mixtral-8x7b --quant=attn4-experts4 --device_memory_gib=16
   python scripts/plan.py --model=mixtral-8x7b --quant=all --device_memory_gib=12
+  python scripts/plan.py --device_memory_gib=0.02 --policy=offload --save_policy=policy.json
   python scripts/plan.py --model=mixtral-8x22b --quant=attention=4g64,experts=3g32 --batch=4
   python scripts/plan.py --model=path/to/model --context=32768 --output=json | jq .components
 """
@@ -28,6 +30,15 @@ _QUANT = flags.DEFINE_string(
 _DEVICE_MEMORY_GIB = flags.DEFINE_float(
     "device_memory_gib", None, "Device memory to use, in GiB.", lower_bound=0.0
 )
+_POLICY = flags.DEFINE_string(
+    "policy",
+    None,
+    "auto (resident if all fits, else offload), resident, offload, host, or a policy file, of "
+    "which everything that it leaves out is chosen. Default: auto.",
+)
+_SAVE_POLICY = flags.DEFINE_string(
+    "save_policy", None, "Write the policy that the plan comes to into this file, for --policy."
+)
 _CONTEXT = flags.DEFINE_integer(
     "context", 4096, "Positions of a sequence, prompt and new tokens; at most the model's context."
 )
@@ -45,11 +56,12 @@ _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout car
 
 
 def main() -> None:
-    from _plan import report
+    from _plan.report import Setting, comparison
 
-    from jmoe.errors import ConfigError
+    from jmoe.errors import ConfigError, RequestError
     from jmoe.loading import EMBEDDED_MODEL
     from jmoe.planning.model_shape import read_model_shape
+    from jmoe.planning.policy import read_request
     from jmoe.quant.spec import PRESETS, parse_spec
     from jmoe.store.manifest import check_quant
 
@@ -59,19 +71,25 @@ def main() -> None:
     num_positions = _CONTEXT.value
     if not flags.FLAGS["context"].present:
         num_positions = min(num_positions, config.max_position_embeddings)
-    setting = report.Setting(
+    policy = None if _POLICY.value is None else read_request(_POLICY.value)
+    if _SAVE_POLICY.value is not None and policy is None:
+        policy = "auto"
+    setting = Setting(
         model=_MODEL.value or "tiny-mixtral (embedded)",
         config=config,
         dtype=_DTYPE.value,
         batch_size=_BATCH.value,
         num_positions=num_positions,
         device_memory_gib=_DEVICE_MEMORY_GIB.value,
+        policy=policy,
     )
-    plans = []
+    reports = []
     if _QUANT.value == "all":
+        if _SAVE_POLICY.value is not None:
+            raise RequestError("--save_policy is for one quantization", got="--quant=all")
         for name, quant in PRESETS.items():
             try:
-                plans.append(setting.plan(name, quant))
+                reports.append(setting.report(name, quant))
             except ConfigError as error:
                 _common.note(f"{name} is not possible: {error.what} ({error.got})")
     else:
@@ -79,18 +97,18 @@ def main() -> None:
         if manifest is not None:
             check_quant(manifest, _QUANT.value)
             quant = manifest.quant
-        plans.append(setting.plan(str(quant or "unquantized"), quant))
+        reports.append(setting.report(str(quant or "unquantized"), quant))
+    if _SAVE_POLICY.value is not None:
+        reports[0].save_policy(_SAVE_POLICY.value)
 
     if _OUTPUT.value == "json":
         value = setting.to_json()
-        plan_json = [plan.to_json() for plan in plans]
-        _common.print_json(
-            value | ({"plans": plan_json} if _QUANT.value == "all" else plan_json[0])
-        )
+        values = [report.to_json() for report in reports]
+        _common.print_json(value | ({"plans": values} if _QUANT.value == "all" else values[0]))
     elif _QUANT.value == "all":
-        print(f"{setting}\n\n{report.comparison(plans)}")
+        print(f"{setting}\n\n{comparison(reports)}")
     else:
-        print(f"{setting}; {plans[0].quant_name}\n\n{plans[0]}")
+        print(f"{setting}; {reports[0].quant_name}\n\n{reports[0]}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jmoe.errors import RequestError
 from jmoe.models import kv_cache
 from jmoe.models.decoder import abstract_parameters
 from jmoe.models.experts import choose_form, max_num_blocks
+from jmoe.models.linear import ACCELERATOR_TILE_BYTES
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 from jmoe.quant.formats import DenseFormat
 from jmoe.quant.layout import ExpertLayout
@@ -92,6 +93,12 @@ def expert_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None) -> in
     return 3 * config.hidden_size * config.intermediate_size * jnp.dtype(dtype).itemsize
 
 
+def blob_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None) -> int:
+    """Size of one expert as a blob, in which form it moves; plain ones are packed for that."""
+    spec = quant or QuantSpec(experts=DenseFormat(dtype))  # type: ignore[arg-type]
+    return ExpertLayout.of(config.hidden_size, config.intermediate_size, spec).num_bytes
+
+
 def cache_bytes(config: ModelConfig, dtype: str, *, batch_size: int, num_positions: int) -> int:
     """Size of the KV cache for sequences of so many positions, prompt and new tokens.
 
@@ -144,19 +151,81 @@ def workspace(config: ModelConfig, dtype: str, *, batch_size: int, num_positions
     hidden, width = config.hidden_size, config.intermediate_size
     longest = longest_chunk(config, batch_size, num_positions)
     num_tokens = batch_size * max(prompt_chunks(num_positions, longest))
-    num_keys = kv_cache.bucket_capacity(num_positions)
     form = choose_form(num_tokens, config, "gpu")
     tile_bytes = min(form.tile_bytes or 0, hidden * width * item_bytes)
     num_assignments = num_tokens * config.router.top_k
     num_blocks = max_num_blocks(num_assignments, config.router.num_experts, form.block_rows)
     num_rows = num_blocks * form.block_rows + 1  # and one of zeros
     return Workspace(
-        attention=num_tokens * config.num_attention_heads * num_keys * (4 + item_bytes),
+        attention=_score_bytes(config, item_bytes, num_tokens, num_positions),
         experts=tile_bytes + 2 * form.block_rows * width * 4 + num_assignments * hidden * 4,
         expert_rows=num_rows * hidden * 4,
         hidden_states=num_tokens * hidden * (4 + item_bytes),
-        logits=4 * batch_size * config.vocab_size * 4,
+        logits=_logits_bytes(config, batch_size),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadWorkspace:
+    """Temporaries of a generation that works layer by layer and expert by expert, in bytes.
+
+    Attributes:
+      attention: scores in float32 and probabilities in dtype, of one chunk of a prompt.
+      expert: one expert on the rows that are routed to it: a tile of a matrix in dtype; gate, up
+        and their product in float32; the rows, in dtype and as a result in float32.
+      hidden_states: of a chunk, in dtype and in float32, and normalised in dtype.
+      outputs: of all experts by assignment, in float32, before and after one is added.
+      logits: of a decode step, in float32, and three copies of them to sample from.
+    """
+
+    attention: int
+    expert: int
+    hidden_states: int
+    outputs: int
+    logits: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Held at one time: attention and experts take turns, and so do prompt and decode."""
+        layer = max(self.attention, self.expert + self.outputs)
+        return max(layer + self.hidden_states, self.logits)
+
+
+def offload_workspace(
+    config: ModelConfig, dtype: str, *, batch_size: int, num_positions: int, chunk: int
+) -> OffloadWorkspace:
+    """Estimates the temporaries with prompts in chunks of so many tokens.
+
+    The chunk decides: in a decode step a sequence has one token.
+    """
+    item_bytes = jnp.dtype(dtype).itemsize
+    num_tokens = batch_size * max(prompt_chunks(num_positions, chunk))
+    return OffloadWorkspace(
+        attention=_score_bytes(config, item_bytes, num_tokens, num_positions),
+        expert=_one_expert_bytes(config, item_bytes, num_tokens),
+        hidden_states=num_tokens * config.hidden_size * (2 * item_bytes + 4),
+        outputs=2 * num_tokens * config.router.top_k * config.hidden_size * 4,
+        logits=_logits_bytes(config, batch_size),
+    )
+
+
+def _score_bytes(config: ModelConfig, item_bytes: int, num_tokens: int, num_positions: int) -> int:
+    """Attention scores in float32 and probabilities in dtype."""
+    num_keys = kv_cache.bucket_capacity(num_positions)
+    return num_tokens * config.num_attention_heads * num_keys * (4 + item_bytes)
+
+
+def _one_expert_bytes(config: ModelConfig, item_bytes: int, num_tokens: int) -> int:
+    """One expert on as many rows as it can get: those of all tokens, in the next power of two."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    num_rows = 1 << (num_tokens - 1).bit_length()
+    tile_bytes = min(ACCELERATOR_TILE_BYTES, hidden * width * item_bytes)
+    return tile_bytes + 3 * num_rows * width * 4 + num_rows * hidden * (item_bytes + 4)
+
+
+def _logits_bytes(config: ModelConfig, batch_size: int) -> int:
+    """Logits of a step in float32, and three copies of them to sample from."""
+    return 4 * batch_size * config.vocab_size * 4
 
 
 def _sizes(

@@ -1,12 +1,16 @@
-"""A plan as a table, with its arithmetic, or as JSON."""
+"""The bytes of a model and its plan as tables, or as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from jmoe.config import ModelConfig
+from jmoe.errors import CapacityError
 from jmoe.planning import sizes
-from jmoe.planning.fit import Fit, MemoryNeed
+from jmoe.planning.budget import format_bytes
+from jmoe.planning.need import MemoryNeed
+from jmoe.planning.plan import Plan, make_plan
+from jmoe.planning.policy import Policy
 from jmoe.quant.spec import QuantSpec
 
 
@@ -20,9 +24,15 @@ class Setting:
     batch_size: int
     num_positions: int
     device_memory_gib: float | None
+    policy: str | Policy | None
 
-    def plan(self, quant_name: str, quant: QuantSpec | None) -> "Plan":
-        """The bytes with one quantization (ConfigError, RequestError)."""
+    def report(self, quant_name: str, quant: QuantSpec | None) -> "Report":
+        """The bytes with one quantization, and the plan if one is asked for.
+
+        Raises:
+          ConfigError: a group size does not divide the rows of a matrix.
+          RequestError: more positions than the model's context; a policy that cannot be.
+        """
         need = MemoryNeed.of(
             self.config,
             self.dtype,
@@ -30,10 +40,22 @@ class Setting:
             batch_size=self.batch_size,
             num_positions=self.num_positions,
         )
-        fit = None
-        if self.device_memory_gib is not None:
-            fit = need.fit(int(self.device_memory_gib * 2**30))
-        return Plan(quant_name, need, fit)
+        if self.device_memory_gib is None and self.policy is None:
+            return Report(quant_name, need)
+        budget = None if self.device_memory_gib is None else int(self.device_memory_gib * 2**30)
+        try:
+            plan = make_plan(
+                self.config,
+                self.dtype,
+                quant,
+                batch_size=self.batch_size,
+                num_positions=self.num_positions,
+                requested=self.policy or "auto",  # type: ignore[arg-type]
+                budget_bytes=budget,
+            )
+        except CapacityError as error:
+            return Report(quant_name, need, refusal=error)
+        return Report(quant_name, need, plan)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,12 +78,27 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """The bytes of a model in one quantization; ``str`` gives the table."""
+class Report:
+    """The bytes of a model in one quantization; ``str`` gives tables.
+
+    Attributes:
+      quant_name: of the quantization.
+      need: the bytes.
+      plan: how it runs in the memory of a device, if that was asked for and can be.
+      refusal: why it cannot be.
+    """
 
     quant_name: str
     need: MemoryNeed
-    fit: Fit | None
+    plan: Plan | None = None
+    refusal: CapacityError | None = None
+
+    def save_policy(self, path: str) -> None:
+        """Writes the plan's policy (CapacityError if there is no plan, RequestError)."""
+        if self.refusal is not None:
+            raise self.refusal
+        assert self.plan is not None
+        self.plan.policy.write(path)
 
     def to_json(self) -> dict[str, Any]:
         need, weights = self.need, sizes.total(self.need.weights)
@@ -84,7 +121,8 @@ class Plan:
             "workspace_parts": dataclasses.asdict(need.workspace),
             "total_bytes": need.total_bytes,
             "expert_bytes": need.expert_bytes,
-            "device_memory": self.fit and dataclasses.asdict(self.fit),
+            "plan": self.plan and self.plan.to_json(),
+            "does_not_fit": self.refusal and str(self.refusal),
         }
 
     def __str__(self) -> str:
@@ -104,60 +142,42 @@ class Plan:
         for title, num_bytes, bits in rows:
             if title in ("all weights", "total"):
                 lines.append("-" * len(lines[0]))
-            lines.append(_line(title, size(num_bytes), f"{num_bytes / need.total_bytes:.1%}", bits))
-        fit = "" if self.fit is None else f"\n\n{explain(need, self.fit)}"
-        return "\n".join(lines) + fit
+            share = f"{num_bytes / need.total_bytes:.1%}"
+            lines.append(_line(title, format_bytes(num_bytes), share, bits))
+        if self.plan is not None:
+            lines += ["", str(self.plan)]
+        if self.refusal is not None:
+            lines += ["", f"cannot be: {self.refusal}"]
+        return "\n".join(lines)
 
 
-def explain(need: MemoryNeed, fit: Fit) -> str:
-    """Whether it fits, and the arithmetic that says so."""
-    memory = size(fit.device_memory_bytes)
-    if fit.all_fits:
-        left = size(fit.device_memory_bytes - need.total_bytes)
-        return f"Fits into {memory}:\n  {memory} - {size(need.total_bytes)} = {left} to spare"
-    spare = f"  {memory} - {size(need.base_bytes)} without experts = {size(fit.spare_bytes)}"
-    if fit.num_slots == 0:
-        return (
-            f"Does not fit into {memory}, not even with a single expert:\n{spare}\n"
-            f"  an expert takes {size(need.expert_bytes)}\n"
-            "  do: use fewer bits, a shorter --context or a smaller --batch"
-        )
-    return (
-        f"Does not fit into {memory} as a whole, but with {fit.experts_per_layer} of "
-        f"{need.num_experts} experts per layer:\n{spare} for experts\n"
-        f"  {size(fit.spare_bytes)} / {size(need.expert_bytes)} per expert = {fit.num_slots} "
-        f"experts of {need.num_layers * need.num_experts}\n"
-        f"  {fit.num_slots} / {need.num_layers} layers = {fit.num_slots / need.num_layers:.2f}"
-    )
-
-
-def comparison(plans: Sequence[Plan]) -> str:
-    """One line per plan."""
-    with_fit = any(plan.fit for plan in plans)
+def comparison(reports: Sequence[Report]) -> str:
+    """One line per quantization."""
+    with_plan = any(report.plan or report.refusal for report in reports)
     titles = ["quantization", "weights", "bits per weight", "an expert", "total"]
-    lines = [_line(*titles, *(["experts that fit"] if with_fit else []))]
-    for plan in plans:
-        need, weights = plan.need, sizes.total(plan.need.weights)
+    lines = [_line(*titles, *(["experts a layer"] if with_plan else []))]
+    for report in reports:
+        need, weights = report.need, sizes.total(report.need.weights)
         cells = [
-            plan.quant_name,
-            size(weights.num_bytes),
+            report.quant_name,
+            format_bytes(weights.num_bytes),
             f"{weights.bits_per_weight:.2f}",
-            size(need.expert_bytes),
-            size(need.total_bytes),
+            format_bytes(need.expert_bytes),
+            format_bytes(need.total_bytes),
         ]
-        if plan.fit is not None:
-            fitting = f"{plan.fit.experts_per_layer} of {need.num_experts}"
-            cells.append("all" if plan.fit.all_fits else fitting)
+        if with_plan:
+            cells.append(_experts_that_fit(report))
         lines.append(_line(*cells))
     return "\n".join(lines)
 
 
-def size(num_bytes: int) -> str:
-    """In GiB, or in a smaller unit where that says more."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:,.2f} {unit}"
-    return f"{num_bytes / 2**10:,.2f} KiB"
+def _experts_that_fit(report: Report) -> str:
+    if report.plan is None:
+        return "cannot be"
+    if report.plan.policy.mode != "offload":
+        return "all"
+    each = report.plan.policy.num_slots / report.need.num_layers
+    return f"{each:.2f} of {report.need.num_experts}"
 
 
 def _line(title: str, *cells: str) -> str:

@@ -13,7 +13,7 @@ from jmoe.models import families, kv_cache
 from jmoe.models.decoder import abstract_parameters
 from jmoe.models.experts import choose_form, plan_blocks
 from jmoe.planning import sizes
-from jmoe.planning.fit import MemoryNeed
+from jmoe.planning.need import MemoryNeed
 from jmoe.quant.spec import PRESETS, QuantSpec, parse_spec
 from tests.models.configs import small_config
 
@@ -185,20 +185,46 @@ def test_rows_of_the_experts_are_those_of_their_plan(num_tokens: int):
     assert workspace.expert_rows == num_rows * config.hidden_size * 4
 
 
-def test_fit_says_how_many_experts_the_memory_holds():
+def test_a_need_is_the_sum_of_its_parts():
     config = known_config("mixtral-8x7b")
-    need = MemoryNeed.of(
-        config, "bfloat16", PRESETS["attn4-experts4"], batch_size=1, num_positions=4096
-    )
-    assert need.total_bytes - need.base_bytes == 256 * need.expert_bytes
-    whole = need.fit(need.total_bytes)
-    assert whole.all_fits
-    assert (whole.num_slots, whole.experts_per_layer) == (256, 8)
-    less = need.fit(need.total_bytes - 1)
-    assert not less.all_fits
-    assert (less.num_slots, less.experts_per_layer) == (255, 7)
-    some = need.fit(need.base_bytes + 100 * need.expert_bytes)
-    assert (some.num_slots, some.experts_per_layer) == (100, 3)
-    none = need.fit(need.base_bytes - 1)
-    assert none.spare_bytes == -1
-    assert (none.num_slots, none.experts_per_layer) == (0, 0)
+    shape = {"batch_size": 2, "num_positions": 4096}
+    need = MemoryNeed.of(config, "bfloat16", PRESETS["attn4-experts4"], **shape)
+    experts = need.all_experts * need.expert_bytes
+    assert need.all_experts == 256
+    assert need.total_bytes == need.base_bytes + experts + need.workspace.num_bytes
+    shared = sizes.total(need.weights).num_bytes - experts
+    assert need.base_bytes == shared + sizes.cache_bytes(config, "bfloat16", **shape)
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=str)
+def test_a_blob_is_an_expert_with_padding(quant: QuantSpec | None):
+    config = quantizable_config()
+    blob = sizes.blob_bytes(config, "float32", quant)
+    expert = sizes.expert_bytes(config, "float32", quant)
+    assert expert <= blob < expert + 9 * 64
+    assert blob % 64 == 0
+
+
+def test_the_workspace_of_offloading_by_hand():
+    config = known_config("mixtral-8x7b")
+    shape = {"batch_size": 1, "num_positions": 1000}
+    workspace = sizes.offload_workspace(config, "bfloat16", **shape, chunk=128)
+    tokens, hidden, width, top_k = 128, 4096, 14336, 2
+    assert workspace.attention == tokens * 32 * 1024 * (4 + 2)
+    rows = 3 * tokens * width * 4 + tokens * hidden * (2 + 4)
+    assert workspace.expert == 32 * 2**20 + rows
+    assert workspace.outputs == 2 * tokens * top_k * hidden * 4
+    assert workspace.hidden_states == tokens * hidden * (2 + 2 + 4)
+    largest = workspace.expert + workspace.outputs + workspace.hidden_states
+    assert workspace.num_bytes == max(largest, workspace.attention + workspace.hidden_states)
+
+
+def test_the_workspace_of_offloading_grows_with_the_chunk():
+    config = small_config(vocab_size=64)
+    shape = {"batch_size": 3, "num_positions": 256}
+    taken = [
+        sizes.offload_workspace(config, "float32", **shape, chunk=chunk).num_bytes
+        for chunk in (16, 32, 64, 128, 256, 512)
+    ]
+    assert taken == sorted(taken)
+    assert taken[-1] == taken[-2]  # no longer than the prompt

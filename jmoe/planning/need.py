@@ -1,4 +1,4 @@
-"""Whether a model fits into a device's memory, and how many of its experts do if not."""
+"""What a model needs of a device's memory, by its parts."""
 
 import dataclasses
 
@@ -15,8 +15,9 @@ class MemoryNeed:
     Attributes:
       weights: by component.
       cache_bytes: of the KV cache.
-      workspace: temporaries of the largest program.
+      workspace: temporaries of the largest program, with all experts on the device.
       expert_bytes: of one expert.
+      blob_bytes: of one expert as it moves between memories.
       num_layers: of the model.
       num_experts: of a layer.
     """
@@ -25,6 +26,7 @@ class MemoryNeed:
     cache_bytes: int
     workspace: Workspace
     expert_bytes: int
+    blob_bytes: int
     num_layers: int
     num_experts: int
 
@@ -50,49 +52,23 @@ class MemoryNeed:
             cache_bytes=sizes.cache_bytes(config, dtype, **shape),
             workspace=sizes.workspace(config, dtype, **shape),
             expert_bytes=sizes.expert_bytes(config, dtype, quant),
+            blob_bytes=sizes.blob_bytes(config, dtype, quant),
             num_layers=config.num_hidden_layers,
             num_experts=config.router.num_experts,
         )
 
     @property
     def total_bytes(self) -> int:
-        """With all experts."""
+        """With all experts: what a resident model takes."""
         weight_bytes = sizes.total(self.weights).num_bytes
         return weight_bytes + self.cache_bytes + self.workspace.num_bytes
 
     @property
     def base_bytes(self) -> int:
-        """Without experts: what must be in device memory in any case."""
-        return self.total_bytes - self.weights["experts"].num_bytes
+        """Weights but for the experts, and the KV cache: on the device in any case."""
+        return self.total_bytes - self.workspace.num_bytes - self.weights["experts"].num_bytes
 
-    def fit(self, device_memory_bytes: int) -> "Fit":
-        """What of it a memory of this size holds."""
-        spare_bytes = device_memory_bytes - self.base_bytes
-        all_experts = self.num_layers * self.num_experts
-        num_slots = max(0, min(all_experts, spare_bytes // self.expert_bytes))
-        return Fit(
-            device_memory_bytes=device_memory_bytes,
-            spare_bytes=spare_bytes,
-            num_slots=num_slots,
-            experts_per_layer=num_slots // self.num_layers,
-            all_fits=self.total_bytes <= device_memory_bytes,
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """What a device memory holds of a model.
-
-    Attributes:
-      device_memory_bytes: the memory.
-      spare_bytes: left for experts; negative if not even the rest of the model fits.
-      num_slots: how many experts that holds, over all layers.
-      experts_per_layer: the same for each layer, rounded down.
-      all_fits: whether the whole model does.
-    """
-
-    device_memory_bytes: int
-    spare_bytes: int
-    num_slots: int
-    experts_per_layer: int
-    all_fits: bool
+    @property
+    def all_experts(self) -> int:
+        """Over all layers."""
+        return self.num_layers * self.num_experts
