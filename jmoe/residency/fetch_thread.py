@@ -118,8 +118,13 @@ class FetchState:
         self._on_transfer = on_transfer
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # may be put to in a finalizer
         self._idle = False  # the thread waits for the bell, or is about to
-        self._claimed = threading.Lock()
         self._thread: threading.Thread | None = None
+        # Ctrl-C while a thread starts may leave one that will run, or one that never will. So it
+        # says itself that it runs; if a second one was started, one of them ends at once.
+        self._running = False
+        self._claimed = threading.Lock()
+        self._ready = threading.Lock()
+        self._ready.acquire()
 
     # Called by the engine's thread.
 
@@ -131,12 +136,18 @@ class FetchState:
 
     def ensure_thread(self) -> None:
         self.check_open()
-        # A thread without identity was made, but Ctrl-C came before it was started.
-        if self._thread is None or self._thread.ident is None:
-            thread = threading.Thread(target=_run, args=(self,), name=THREAD_NAME, daemon=True)
-            self._thread = thread
-            _live_states.add(self)
+        if self._running:
+            return
+        _live_states.add(self)
+        thread = threading.Thread(target=_run, args=(self,), name=THREAD_NAME, daemon=True)
+        try:
             thread.start()
+        except RuntimeError as error:
+            # Ctrl-C in there may become another error, on the way out.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
+        self._ready.acquire()
 
     def flying_job(self, key: ExpertKey) -> Job | None:
         """The job of a key that is under way, wanted or not."""
@@ -161,7 +172,7 @@ class FetchState:
         """Waits for the thread's end, but not for a device that does not answer."""
         if self._thread is threading.current_thread():
             return  # in a finalizer, perhaps with the lock taken
-        if self._thread is not None and self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join(JOIN_TIMEOUT_S)
         self._abandon()
 
@@ -169,8 +180,10 @@ class FetchState:
 
     def run(self) -> None:
         if not self._claimed.acquire(blocking=False):
-            return  # there is another one, because Ctrl-C came when it was just starting
+            return
         self._thread = threading.current_thread()
+        self._running = True
+        self._ready.release()
         try:
             while not self.closed:
                 if not self._step():

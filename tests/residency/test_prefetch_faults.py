@@ -347,6 +347,7 @@ def test_an_interrupt_anywhere_leaves_a_fetcher_that_works(alarms):
     gc.disable()  # an interrupt in a finalizer would be a warning
     try:
         with Fetcher(InstantLink(), make_blob) as fetcher:
+            work(fetcher)  # Thread.start() itself does not survive every interrupt
             end_s = time.monotonic() + 3
             while time.monotonic() < end_s:
                 try:
@@ -362,8 +363,6 @@ def test_an_interrupt_anywhere_leaves_a_fetcher_that_works(alarms):
     finally:
         gc.enable()
     assert num_interrupts > 100
-    gc.collect()
-    await_true(lambda: not _threads())  # one more may have been started, which ends by itself
 
 
 @pytest.mark.parametrize("seed", range(4))
