@@ -47,7 +47,7 @@ def test_all_presets_have_the_papers_sizes_and_no_device_is_needed():
     weight_gib = {plan["quant"]: plan["weight_bytes"] / GIB for plan in plans}
     for preset, gib in PAPER_GIB.items():
         assert weight_gib[preset] == pytest.approx(gib, rel=0.02)
-    fitting = {plan["quant"]: plan["device_memory"]["experts_per_layer"] for plan in plans}
+    fitting = {plan["quant"]: sum(plan["plan"]["policy"]["slots"]) for plan in plans}
     assert fitting["bf16"] < fitting["attn4-experts4"] < fitting["attn4-experts2"]
 
 
@@ -60,35 +60,67 @@ def test_the_parts_add_up():
     assert plan["weight_bytes"] + rest == plan["total_bytes"]
     shares = sum(part["share"] for part in parts) + rest / plan["total_bytes"]
     assert shares == pytest.approx(1)
-    memory = plan["device_memory"]
-    base = plan["total_bytes"] - plan["components"]["experts"]["bytes"]
-    assert memory["spare_bytes"] == 16 * GIB - base
-    assert memory["num_slots"] == memory["spare_bytes"] // plan["expert_bytes"]
-    assert memory["experts_per_layer"] == memory["num_slots"] // 32
-    assert memory["all_fits"] is False
+    spending = plan["plan"]
+    assert sum(item["num_bytes"] for item in spending["items"]) == spending["device_bytes"]
+    assert spending["device_bytes"] + spending["spare_bytes"] == 16 * GIB
+    assert spending["spare_bytes"] < plan["expert_bytes"]
+    assert plan["does_not_fit"] is None
 
 
-def test_the_text_shows_the_arithmetic():
+def test_the_text_shows_where_every_byte_goes():
     text = plan_text("--model=mixtral-8x7b", "--quant=attn4-experts4", "--device_memory_gib=16")
     assert text.startswith("mixtral-8x7b: 32 layers of 8 experts (top 2)")
     labels = [line.split("  ")[0] for line in text.splitlines()]
-    assert [label for label in labels if label and label[0].isalpha()][2:-1] == [
-        *("attention", "experts", "embeddings", "head", "routers", "norms", "all weights"),
+    labels = [label for label in labels if label and label[0].isalpha()]
+    shared = ["attention", "embeddings", "head", "routers", "norms"]
+    assert labels[2:] == [
+        *("attention", "experts", *shared[1:], "all weights"),
         *("KV cache", "workspace, estimated", "total"),
+        *("policy offload", *shared, "KV cache", "workspace", "slots", "staging"),
+        *("together", "spare", "budget", "host memory"),
     ]
-    assert "Does not fit into 16.00 GiB as a whole, but with 4 of 8 experts per layer" in text
-    assert "per expert = 158 experts of 256" in text
+    assert "- resident would take 24.53 GiB: offload\n" in text
 
 
 @pytest.mark.parametrize(
-    ("gib", "words"),
-    [("100", "Fits into 100.00 GiB"), ("2", "not even with a single expert"), (None, "total")],
+    ("flags", "words"),
+    [
+        ([], "total"),
+        (["--device_memory_gib=100"], "all 256 experts fit: resident"),
+        (["--device_memory_gib=2"], "cannot be: the model does not fit into this device memory"),
+        (["--policy=resident", "--device_memory_gib=20"], "cannot be: the model does not fit"),
+        (["--policy=offload"], "no budget: a slot for every expert"),
+        (["--policy=host"], "everything is computed by the CPU"),
+    ],
+    ids=str,
 )
-def test_other_memories(gib: str | None, words: str):
-    flags = [] if gib is None else [f"--device_memory_gib={gib}"]
+def test_other_memories_and_policies(flags: list[str], words: str):
     text = plan_text("--model=mixtral-8x7b", *flags)
     assert words in text
-    assert (" without experts = " in text or "to spare" in text) is (gib is not None)
+    assert ("host memory " in text) is (bool(flags) and "cannot be" not in text)
+
+
+def test_what_cannot_be_is_an_answer_too():
+    plan = plan_json("--device_memory_gib=0.001")
+    assert plan["plan"] is None
+    assert "GiB or more" in plan["does_not_fit"]
+    text = plan_text("--model=mixtral-8x7b", "--quant=all", "--device_memory_gib=3")
+    cells = {line.split()[0]: line for line in text.splitlines()[2:]}
+    assert cells["bf16"].endswith("cannot be")
+    assert cells["attn2-experts2"].endswith("of 8")
+
+
+def test_a_saved_policy_comes_to_the_same_plan(tmp_path: Path):
+    path = tmp_path / "policy.json"
+    budget = "--device_memory_gib=0.02"
+    saved = plan_json(budget, "--policy=offload", f"--save_policy={path}")["plan"]
+    assert json.loads(path.read_text()) == saved["policy"]
+    assert len(saved["policy"]["slots"]) == 12
+    again = plan_json(budget, f"--policy={path}")["plan"]
+    assert again["policy"] == saved["policy"]
+    assert again["items"] == saved["items"]
+    plan_json(f"--save_policy={path}")
+    assert json.loads(path.read_text()) == {"version": 1, "mode": "resident"}
 
 
 def test_layers_context_and_batch_count():
@@ -145,6 +177,12 @@ def test_presets_that_a_model_cannot_have_are_left_out(tmp_path: Path):
         (["--batch=0"], ["--batch"]),
         (["--device_memory_gib=-1"], ["--device_memory_gib"]),
         (["--quants=all"], ["--help lists the flags"]),
+        (["--policy=ofload"], ["there is no such policy", "auto, resident, offload, host"]),
+        (["--policy=README.md"], ["README.md is not JSON", "--save_policy"]),
+        (["--policy=host", "--device_memory_gib=1"], ["leave the budget out"]),
+        (["--device_memory_gib=0.001", "--save_policy=/absent/policy.json"], ["GiB or more"]),
+        (["--save_policy=/absent/policy.json"], ["the policy cannot be written"]),
+        (["--quant=all", "--save_policy=policy.json"], ["one quantization"]),
     ],
 )
 def test_bad_input_is_one_error(flags: list[str], words: list[str]):
