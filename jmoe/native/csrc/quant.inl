@@ -41,7 +41,7 @@ struct QuantRows {
 
 namespace JMOE_ISA {
 
-// Rows of x from which on tiles are faster, by the bits of codes; as measured.
+// Rows of x up to which weights are streamed, by the bits of codes: for more of them tiles are faster, as measured.
 constexpr int64_t max_streamed(int bits) { return bits == 3 ? 2 : bits == 8 ? 4 : 8; }
 // Columns that are unpacked at a time: what bounds scratch space.
 constexpr int64_t kTileColumns = 4096;
@@ -54,7 +54,6 @@ struct CodePlane {
   static constexpr int kFields = 8 / kPlaneBits;
   static int64_t group_bytes(int64_t group_size) { return group_size * kPlaneBits / 8; }
   static int64_t row_bytes(int64_t columns) { return columns * kPlaneBits / 8; }
-  static int64_t num_vectors(int64_t columns) { return (row_bytes(columns) + kBytes - 1) / kBytes; }
 };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -185,55 +184,91 @@ inline void quantize_rows(QuantRows* rows, const float* x, int64_t x_stride, int
   }
 }
 
-// Scale and zero point of groups [first, first + num) of a row, in float32.
-inline void decode_groups(const QuantView& w, int64_t row, int64_t first, int64_t num, float* scales, float* zeros) {
-  const int64_t num_groups = w.num_groups();
-  if (w.nested == nullptr) {
-    const uint16_t* s = static_cast<const uint16_t*>(w.scales) + row * num_groups + first;
-    const uint16_t* z = static_cast<const uint16_t*>(w.zeros) + row * num_groups + first;
-    const auto one = [](uint16_t half) {
-      const uint32_t bits = uint32_t{half} << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof(value));
-      return value;
-    };
-    int64_t g = 0;
-    for (; g + kFloats <= num; g += kFloats) {
-      store(scales + g, load_bf16(s + g));
-      if (w.zeros != nullptr) store(zeros + g, load_bf16(z + g));
-    }
-    for (; g < num; ++g) {
-      scales[g] = one(s[g]);
-      if (w.zeros != nullptr) zeros[g] = one(z[g]);
-    }
-  } else {
-    const uint8_t* s = static_cast<const uint8_t*>(w.scales) + row * num_groups;
-    const uint8_t* z = static_cast<const uint8_t*>(w.zeros) + row * num_groups;
-    const int64_t width = w.zeros == nullptr ? 2 : 4;
-    const int64_t nested_size = w.nested_size;
-    for (int64_t start = first; start < first + num;) {
-      const int64_t index = start / nested_size;
-      const int64_t end = (index + 1) * nested_size < first + num ? (index + 1) * nested_size : first + num;
-      const float* step = w.nested + (row * w.num_nested + index) * width;
-      int64_t g = start;
-      for (; g + kFloats <= end; g += kFloats) {
-        store(scales + g - first, fma(load_u8(s + g), broadcast(step[0]), broadcast(step[1])));
-        if (w.zeros != nullptr) {
-          store(zeros + g - first, fma(load_u8(z + g), broadcast(step[2]), broadcast(step[3])));
-        }
-      }
-      for (; g < end; ++g) {
-        scales[g - first] = static_cast<float>(s[g]) * step[0] + step[1];
-        if (w.zeros != nullptr) zeros[g - first] = static_cast<float>(z[g]) * step[2] + step[3];
-      }
-      start = end;
+// Scales and zero points of a row's groups in float32, a vector of groups at a time.
+class RowGroups {
+ public:
+  // From group `first` on.
+  JMOE_INLINE RowGroups(const QuantView& w, int64_t row, int64_t first = 0)
+      : num_groups_(w.num_groups()),
+        nested_size_(w.nested_size),
+        width_(w.zeros == nullptr ? 2 : 4),
+        nested_(w.nested != nullptr),
+        whole_vectors_(num_groups_ % kFloats == 0 && nested_size_ % kFloats == 0),
+        scales_(static_cast<const uint8_t*>(w.scales) + row * num_groups_ * (nested_ ? 1 : 2)),
+        zeros_(w.zeros == nullptr ? nullptr
+                                  : static_cast<const uint8_t*>(w.zeros) + row * num_groups_ * (nested_ ? 1 : 2)),
+        nested_end_(nested_ ? first / nested_size_ * nested_size_ : 0),
+        next_step_(w.nested + (nested_ ? (row * w.num_nested + first / nested_size_) * width_ : 0)),
+        step_(next_step_),
+        scale_step_(zero()),
+        scale_base_(zero()),
+        zero_step_(zero()),
+        zero_base_(broadcast(static_cast<float>(1 << (w.bits - 1)))) {}
+
+  // The kFloats groups from g on, which must be the ones after those of the call before; scales beyond the row's are 0.
+  JMOE_INLINE void next(int64_t g, Floats* scales, Floats* zeros) {
+    const bool some = !whole_vectors_ && num_groups_ - g < kFloats;
+    const int64_t num = some ? num_groups_ - g : kFloats;
+    if (nested_) {
+      if (enter(g) || !whole_vectors_) read_steps(g, num);
+      const auto codes = [&](const uint8_t* p) { return some ? load_u8_some(p + g, num) : load_u8(p + g); };
+      *scales = fma(codes(scales_), scale_step_, scale_base_);
+      *zeros = zeros_ != nullptr ? fma(codes(zeros_), zero_step_, zero_base_) : zero_base_;
+    } else {
+      const auto values = [&](const uint8_t* bytes) {
+        const uint16_t* p = reinterpret_cast<const uint16_t*>(bytes) + g;
+        return some ? load_bf16_some(p, num) : load_bf16(p);
+      };
+      *scales = values(scales_);
+      *zeros = zeros_ != nullptr ? values(zeros_) : zero_base_;
     }
   }
-  if (w.zeros == nullptr) {
-    const float zero_point = static_cast<float>(1 << (w.bits - 1));
-    for (int64_t g = 0; g < num; ++g) zeros[g] = zero_point;
+
+ private:
+  // Makes step_ the second-level parameters of group g; returns whether those of the group before it were others.
+  JMOE_INLINE bool enter(int64_t g) {
+    if (g < nested_end_) return false;
+    step_ = next_step_;
+    next_step_ += width_;
+    nested_end_ += nested_size_;
+    return true;
   }
-}
+
+  // Second-level parameters of each of the groups [g, g + num), of which the first is entered; zeros in other lanes.
+  JMOE_INLINE void read_steps(int64_t g, int64_t num) {
+    if (whole_vectors_ || g + num <= nested_end_) {
+      set_steps([&](int i) { return whole_vectors_ ? broadcast(step_[i]) : broadcast_some(step_[i], num); });
+    } else {
+      float lanes[4][kFloats] = {};
+      for (int64_t lane = 0; lane < num; ++lane) {
+        enter(g + lane);
+        for (int64_t i = 0; i < width_; ++i) lanes[i][lane] = step_[i];
+      }
+      set_steps([&](int i) { return load(lanes[i]); });
+    }
+  }
+
+  template <typename Parameter>
+  JMOE_INLINE void set_steps(Parameter parameter) {
+    scale_step_ = parameter(0);
+    scale_base_ = parameter(1);
+    if (zeros_ == nullptr) return;
+    zero_step_ = parameter(2);
+    zero_base_ = parameter(3);
+  }
+
+  const int64_t num_groups_;
+  const int64_t nested_size_;
+  const int64_t width_;  // of second-level parameters
+  const bool nested_;
+  const bool whole_vectors_;  // no vector is cut off by the row's end, or by that of its second-level parameters
+  const uint8_t* const scales_;
+  const uint8_t* const zeros_;
+  int64_t nested_end_;  // of the groups that step_ is for
+  const float* next_step_;
+  const float* step_;
+  Floats scale_step_, scale_base_, zero_step_, zero_base_;
+};
 
 // kBytes bytes of a row from `byte` on; zeros beyond its end.
 inline Ints load_codes(const uint8_t* row, int64_t byte, int64_t row_bytes) {
@@ -253,74 +288,11 @@ inline Ints extract(Ints codes) {
 
 // ---- streamed: few rows of x
 
-// Bytes from what is multiplied to what is fetched from memory into the second cache, and from there into the first;
-// rows of scales likewise. As measured: with one fetch into the first cache, for which few can be under way, a product
-// waits for memory as long as it computes.
+// Bytes from what is multiplied to what is fetched from memory into the second cache, and from there into the first. As
+// measured: with one fetch into the first cache, for which few can be under way, a product waits for memory as long as
+// it computes.
 constexpr int64_t kAhead2 = 8192;
 constexpr int64_t kAhead1 = 1024;
-
-// Decodes scales and zero points of a row, a vector of groups at a time, where whole vectors share their second-level
-// parameters; else by way of decode_groups.
-class RowGroups {
- public:
-  JMOE_INLINE RowGroups(const QuantView& w, int64_t row)
-      : w_(w),
-        row_(row),
-        num_groups_(w.num_groups()),
-        nested_(w.nested != nullptr),
-        whole_vectors_(num_groups_ % kFloats == 0 && (!nested_ || w.nested_size % kFloats == 0)),
-        scales_(static_cast<const uint8_t*>(w.scales) + row * num_groups_ * (nested_ ? 1 : 2)),
-        zeros_(w.zeros == nullptr ? nullptr
-                                  : static_cast<const uint8_t*>(w.zeros) + row * num_groups_ * (nested_ ? 1 : 2)),
-        nested_end_(0),
-        step_(w.nested + row * w.num_nested * width()),
-        scale_step_(zero()),
-        scale_base_(zero()),
-        zero_step_(zero()),
-        zero_base_(broadcast(static_cast<float>(1 << (w.bits - 1)))) {}
-
-  // The kFloats groups from g on, which must be the ones after those of the call before; scales beyond the row's are 0.
-  JMOE_INLINE void next(int64_t g, Floats* scales, Floats* zeros) {
-    if (!whole_vectors_) {
-      float some_scales[kFloats] = {};
-      float some_zeros[kFloats] = {};
-      const int64_t rest = num_groups_ - g;
-      decode_groups(w_, row_, g, rest < kFloats ? rest : kFloats, some_scales, some_zeros);
-      *scales = load(some_scales);
-      *zeros = load(some_zeros);
-    } else if (nested_) {
-      if (g == nested_end_) {
-        scale_step_ = broadcast(step_[0]);
-        scale_base_ = broadcast(step_[1]);
-        if (zeros_ != nullptr) {
-          zero_step_ = broadcast(step_[2]);
-          zero_base_ = broadcast(step_[3]);
-        }
-        step_ += width();
-        nested_end_ += w_.nested_size;
-      }
-      *scales = fma(load_u8(scales_ + g), scale_step_, scale_base_);
-      *zeros = zeros_ != nullptr ? fma(load_u8(zeros_ + g), zero_step_, zero_base_) : zero_base_;
-    } else {
-      *scales = load_bf16(reinterpret_cast<const uint16_t*>(scales_) + g);
-      *zeros = zeros_ != nullptr ? load_bf16(reinterpret_cast<const uint16_t*>(zeros_) + g) : zero_base_;
-    }
-  }
-
- private:
-  JMOE_INLINE int64_t width() const { return w_.zeros == nullptr ? 2 : 4; }
-
-  const QuantView& w_;
-  const int64_t row_;
-  const int64_t num_groups_;
-  const bool nested_;
-  const bool whole_vectors_;
-  const uint8_t* const scales_;
-  const uint8_t* const zeros_;
-  int64_t nested_end_;
-  const float* step_;
-  Floats scale_step_, scale_base_, zero_step_, zero_base_;
-};
 
 // Sums of code * x over one vector of packed codes, by lane.
 template <int kPlaneBits, int kPlanes, int kTokens, int kField = 0>
@@ -540,12 +512,18 @@ inline void unpack_tile(const QuantView& w, int64_t first_row, int64_t end_row, 
       const int64_t wanted = first_row + half * kFloats + i;
       const int64_t row = wanted < end_row ? wanted : end_row - 1;
       rows[i] = w.codes + row * w.row_bytes();
-      float scales[kMaxTileGroups + 16];
-      float zeros[kMaxTileGroups + 16];
-      decode_groups(w, row, first_group, num_groups, scales, zeros);
-      for (int64_t g = 0; g < num_groups; ++g) {
-        tile->scales[g][half][i] = scales[g];
-        tile->offsets[g][half][i] = scales[g] * zeros[g];
+      RowGroups groups(w, row, first_group);
+      for (int64_t g = 0; g < num_groups; g += kFloats) {
+        Floats s, z;
+        groups.next(first_group + g, &s, &z);
+        float scales[kFloats];
+        float offsets[kFloats];
+        store(scales, s);
+        store(offsets, mul(s, z));
+        for (int j = 0; j < kFloats; ++j) {
+          tile->scales[g + j][half][i] = scales[j];
+          tile->offsets[g + j][half][i] = offsets[j];
+        }
       }
     }
     if constexpr (kBits == 3) {

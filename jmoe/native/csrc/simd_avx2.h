@@ -60,8 +60,16 @@ inline __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline Floats broadcast_some(float x, int64_t n) {
+  return _mm256_and_ps(_mm256_castsi256_ps(first_lanes(n)), broadcast(x));
+}
 inline Floats load_some(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 inline void store_some(float* p, Floats x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+inline Floats load_u8_some(const uint8_t* p, int64_t n) {
+  uint8_t bytes[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return load_u8(bytes);
+}
 inline Floats load_bf16_some(const uint16_t* p, int64_t n) {
   uint16_t halves[kFloats] = {};
   for (int64_t i = 0; i < n; ++i) halves[i] = p[i];

@@ -49,8 +49,12 @@ inline Floats load_bf16(const uint16_t* p) {
 
 // The first n <= kFloats lanes: the others are zero, or stay unwritten.
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline Floats broadcast_some(float x, int64_t n) { return _mm512_maskz_mov_ps(first_lanes(n), broadcast(x)); }
 inline Floats load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline void store_some(float* p, Floats x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+inline Floats load_u8_some(const uint8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
 inline Floats load_bf16_some(const uint16_t* p, int64_t n) {
   const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));

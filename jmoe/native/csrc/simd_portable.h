@@ -104,11 +104,19 @@ inline Floats load_bf16(const uint16_t* p) {
 }
 
 // The first n <= kFloats lanes: the others are zero, or stay unwritten.
+inline Floats broadcast_some(float x, int64_t n) {
+  return each_float([&](int i) { return i < n ? x : 0.0f; });
+}
 inline Floats load_some(const float* p, int64_t n) {
   return each_float([&](int i) { return i < n ? p[i] : 0.0f; });
 }
 inline void store_some(float* p, Floats x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = x.lane[i];
+}
+inline Floats load_u8_some(const uint8_t* p, int64_t n) {
+  uint8_t bytes[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return load_u8(bytes);
 }
 inline Floats load_bf16_some(const uint16_t* p, int64_t n) {
   uint16_t halves[kFloats] = {};
