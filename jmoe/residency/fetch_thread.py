@@ -12,81 +12,18 @@ import contextlib
 import queue
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from jmoe.errors import JmoeError, TransferError
+from jmoe.errors import TransferError
 from jmoe.residency.eviction import ExpertKey
 from jmoe.residency.link import CLOSED, Link
+from jmoe.residency.transfers import Job, Transfer, explained
 
 THREAD_NAME = "jmoe-fetcher"
 JOIN_TIMEOUT_S = 1.0
-
-TransferKind = Literal["demand", "prefetch"]
-
-
-class Transfer(NamedTuple):
-    """A copy that has arrived. Times are those of ``time.perf_counter``.
-
-    Attributes:
-      key: the expert.
-      kind: "demand" if it was needed at once when the copy started, else "prefetch".
-      queued_s: when it was asked for first.
-      started_s: when the copy was started; it may have waited for others on the link after that.
-      finished_s: when it was seen to have arrived.
-      num_bytes: of the blob.
-      wanted: False if it was cancelled while it was under way.
-    """
-
-    key: ExpertKey
-    kind: TransferKind
-    queued_s: float
-    started_s: float
-    finished_s: float
-    num_bytes: int
-    wanted: bool
-
-
-class Job:
-    """One copy of one expert. ``arrived`` is released once, when ``done`` is set."""
-
-    __slots__ = (
-        "array",
-        "arrived",
-        "done",
-        "error",
-        "handed_over",
-        "key",
-        "kind",
-        "num_bytes",
-        "queued_s",
-        "started",
-        "started_s",
-    )
-
-    def __init__(self, key: ExpertKey, kind: TransferKind):
-        self.key = key
-        self.kind: TransferKind = kind
-        self.queued_s = time.perf_counter()
-        self.started_s = 0.0
-        self.num_bytes = 0
-        self.started = False
-        self.done = False  # may be waited for without blocking
-        self.handed_over = False
-        self.array: jax.Array | None = None
-        self.error: Exception | None = None
-        self.arrived = threading.Lock()
-        self.arrived.acquire()
-
-    def publish(self) -> None:
-        if not self.done:
-            self.done = True
-            self.arrived.release()
 
 
 class FetchState:
@@ -186,27 +123,41 @@ class FetchState:
         self._ready.release()
         try:
             while not self.closed:
-                if not self._step():
-                    self._bell.get()
-                    self._idle = False
+                self._step()
         except BaseException as error:  # or the engine would wait for ever
             self._failure = error
             self.stop()
         self._abandon()
         self.flying.clear()
 
-    def _step(self) -> bool:
-        """Starts a copy if there may be one more, else finishes the oldest."""
+    def _step(self) -> None:
+        """Starts a copy if there is one and it may, else finishes the oldest if that is due."""
         with self.lock:
             job = self._next_job()
-            if job is None and not self.flying:
+            # Until the oldest arrives there may be something to start behind it.
+            has_room = len(self.flying) < self._max_in_flight
+            if job is None and has_room:
                 self._idle = True
-                return False
         if job is not None:
             self._start(job)
-        else:
+        elif not self.flying:
+            self._listen(None)
+        elif not has_room or (remaining_s := self._remaining_s()) <= 0:
+            self._idle = False
             self._finish(self.flying[0])
-        return True
+        else:
+            self._listen(remaining_s)
+
+    def _listen(self, timeout_s: float | None) -> None:
+        """Waits for new work, or the end."""
+        with contextlib.suppress(queue.Empty):
+            self._bell.get(timeout=timeout_s)
+        self._idle = False
+
+    def _remaining_s(self) -> float:
+        array = self.flying[0].array
+        assert array is not None
+        return self._link.remaining_s(array)
 
     def _next_job(self) -> Job | None:
         if len(self.flying) >= self._max_in_flight:
@@ -260,7 +211,7 @@ class FetchState:
             self.flying.remove(job)
             if error is not None:
                 # In this order: wait() reads them in the other one, and without the lock.
-                job.error = _explained(error, job.key)
+                job.error = explained(error, job.key)
                 job.array = None
             elif self.jobs.get(job.key) is not job:
                 job.array = None
@@ -286,33 +237,6 @@ class FetchState:
 
 def _run(state: FetchState) -> None:
     state.run()
-
-
-def name_of(key: ExpertKey) -> str:
-    return f"layer {key.layer}, expert {key.expert}"
-
-
-def _explained(error: Exception, key: ExpertKey) -> JmoeError:
-    """The error for the user, saying which expert it is about."""
-    where = name_of(key)
-    if isinstance(error, JmoeError):
-        explained = type(error)(
-            error.what,
-            where=where if error.where is None else f"{where}; {error.where}",
-            got=error.got,
-            expected=error.expected,
-            do=error.do,
-        )
-    else:
-        explained = TransferError(
-            "copying an expert to the device failed",
-            where=where,
-            got=f"{type(error).__name__}: {error}",
-        )
-    explained.__cause__ = error
-    # Memory that was to be copied to would otherwise live as long as the error.
-    traceback.clear_frames(error.__traceback__)
-    return explained
 
 
 _live_states: "weakref.WeakSet[FetchState]" = weakref.WeakSet()

@@ -19,6 +19,7 @@ from jmoe.errors import CapacityError, RequestError, TransferError
 from jmoe.quant.layout import aligned_empty
 
 _PIECE_BYTES = 1 << 22  # the host copies so much at a time; shorter pieces were slower
+_POLL_S = 2e-4  # a backend tells only whether a copy has arrived, not when it will
 CLOSED = "the engine was closed"
 
 
@@ -68,6 +69,10 @@ class Link(Protocol):
           CapacityError: the device has no memory for it.
           TransferError: the backend refuses, or the link was closed.
         """
+        ...
+
+    def remaining_s(self, array: jax.Array) -> float:
+        """For how long ``finish`` would block, or when to ask again. 0: not at all, or unknown."""
         ...
 
     def finish(self, array: jax.Array) -> None:
@@ -142,6 +147,9 @@ class DeviceLink:
         else:
             self._starts_s[id(array)] = start_s
         return array
+
+    def remaining_s(self, array: jax.Array) -> float:
+        return 0.0 if array.is_ready() else _POLL_S  # pyright: ignore[reportAttributeAccessIssue]
 
     def finish(self, array: jax.Array) -> None:
         if self._device.platform == "cpu":
@@ -229,6 +237,9 @@ class ThrottledLink:
         self._free_at_s = begin_s + duration_s
         self._due[id(array)] = duration_s, self._free_at_s
         return array
+
+    def remaining_s(self, array: jax.Array) -> float:
+        return self._due[id(array)][1] - self._clock()
 
     def finish(self, array: jax.Array) -> None:
         duration_s, due_s = self._due.pop(id(array))

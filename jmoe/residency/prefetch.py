@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from jmoe.residency.eviction import ExpertKey
-from jmoe.residency.fetch_thread import FetchState, Job, Transfer, name_of
+from jmoe.residency.fetch_thread import FetchState
 from jmoe.residency.link import Link
+from jmoe.residency.transfers import Job, Transfer, name_of
 
 __all__ = ["Fetcher", "Transfer"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jmoe.errors import RequestError
-from jmoe.residency.fetch_thread import Transfer
+from jmoe.residency.transfers import Transfer
 
 Track = Literal["link", "host", "device"]
 TRACKS: tuple[Track, ...] = ("link", "host", "device")

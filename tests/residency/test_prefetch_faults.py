@@ -314,6 +314,9 @@ class InstantLink:
     def start(self, blob: np.ndarray) -> Any:
         return blob
 
+    def remaining_s(self, array: jax.Array) -> float:
+        return 0.0
+
     def finish(self, array: jax.Array) -> None:
         pass
 
