@@ -70,6 +70,17 @@ def test_the_link_is_kept_busy_but_not_flooded(held):
         fetcher.wait(_key(arrived))
 
 
+def test_a_copy_starts_behind_one_that_is_awaited(held):
+    link, fetcher = held
+    fetcher.demand(_keys(0))
+    link.await_started(1)
+    fetcher.prefetch(_keys(1))
+    link.await_started(2)
+    assert fetcher.in_flight == frozenset(_keys(0, 1))
+    link.let_arrive(2)
+    fetcher.wait(_key(1))
+
+
 def test_an_expert_asked_for_twice_comes_once(held):
     link, fetcher = held
     fetcher.demand(_keys(0, 0))
