@@ -1,26 +1,31 @@
 """The public surface: load a model, generate text."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.engines.batch import BatchRun
-from jmoe.engines.resident import ResidentEngine
+from jmoe.engines.offload import OffloadEngine
 from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions, make_options
 from jmoe.generation.sequence import FinishReason, GrowingSequence
 from jmoe.loading import EMBEDDED_MODEL as EMBEDDED_MODEL
-from jmoe.loading import LoadOptions, find_model
+from jmoe.loading import Engine, LoadOptions, find_model
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
 from jmoe.planning import sizes
+from jmoe.planning.plan import Plan
+from jmoe.planning.policy import Policy
+from jmoe.planning.traces import RoutingTrace
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
+from jmoe.residency.timeline import Timeline
 from jmoe.store import orbax
 from jmoe.store.generation_config import GenerationDefaults
 from jmoe.store.source import find_side_files
@@ -73,6 +78,8 @@ class Chunk:
 class LLM:
     """A model that is ready to generate. Made by ``load``.
 
+    It may hold a thread and memory of a device: ``close`` gives them back, as does ``with``.
+
     Attributes:
       name: the directory or hub id that it was loaded by.
       directory: where its files are.
@@ -80,6 +87,7 @@ class LLM:
       tokenizer: text to tokens and back.
       engine: what runs it.
       config_json: its config.json.
+      plan: where it runs, and where the bytes go, as it was planned when it was loaded.
       notes: what was decided while loading, and why; a sentence each.
       load_s: seconds that loading took.
     """
@@ -91,7 +99,8 @@ class LLM:
         directory: Path,
         tokenizer: Tokenizer,
         defaults: GenerationDefaults,
-        engine: ResidentEngine,
+        engine: Engine,
+        plan: Plan,
         notes: tuple[str, ...],
         config_json: Mapping[str, Any],
         load_s: float,
@@ -100,6 +109,7 @@ class LLM:
         self.directory = directory
         self.config_json = config_json
         self.engine = engine
+        self.plan = plan
         self.notes = notes
         self.tokenizer = tokenizer
         self.load_s = load_s
@@ -183,6 +193,12 @@ class LLM:
           RequestError: the weights are quantized, or the directory exists.
           CapacityError: they do not fit on the disk.
         """
+        if isinstance(self.engine, OffloadEngine):
+            raise RequestError(
+                "only a model that is on its device as a whole is saved",
+                got="the policy offload",
+                do="load it with the policy resident",
+            )
         if self.quant is not None:
             raise RequestError(
                 "only plain weights are saved with Orbax",
@@ -193,6 +209,24 @@ class LLM:
         parameters = dict(zip(names, self.engine.parameters, strict=True))
         side_files = find_side_files(self.directory)
         orbax.save_checkpoint(directory, self.config_json, parameters, side_files)
+
+    def routing(self) -> RoutingTrace:
+        """Which experts all tokens so far used (RequestError: loaded without record_routing)."""
+        if not isinstance(self.engine, OffloadEngine) or self.engine.recorder is None:
+            raise RequestError(
+                "the routing was not recorded", do="load the model with record_routing=True"
+            )
+        return self.engine.recorder.trace()
+
+    def close(self) -> None:
+        """Ends what runs in the background, and gives experts' memory back; may be called again."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def options(self, **requested: Any) -> GenerationOptions:
         """A request's options, completed with the model's own defaults (RequestError)."""
@@ -219,7 +253,14 @@ class LLM:
 
 def _chunks(run: BatchRun, sequences: list[GrowingSequence]) -> Iterator[Chunk]:
     growing = dict(enumerate(sequences))
-    for token_ids_B in run:
+    with contextlib.closing(iter(run)) as steps:  # also if the caller leaves before the end
+        yield from _grow(run, steps, growing)
+
+
+def _grow(
+    run: BatchRun, steps: Iterator[np.ndarray], growing: dict[int, GrowingSequence]
+) -> Iterator[Chunk]:
+    for token_ids_B in steps:
         for i, sequence in list(growing.items()):
             token_id = int(token_ids_B[i])
             text = sequence.push(token_id)
@@ -263,6 +304,13 @@ def load(
     host_kernels: bool = True,
     activation_bits: int | None = None,
     threads: int = 0,
+    policy: str | Policy = "auto",
+    device_memory_gib: float | None = None,
+    context: int | None = None,
+    record_routing: bool = False,
+    timeline: Timeline | None = None,
+    link_gb_per_s: float | None = None,
+    link_latency_us: float = 0.0,
     device: jax.Device | None = None,
     revision: str | None = None,
     progress: bool = False,
@@ -291,6 +339,18 @@ def load(
       activation_bits: of activations that meet weights in few bits in those kernels: 24 is as
         exact as float32; 8, the default, is the fastest.
       threads: of those kernels; 0 takes all that XLA has.
+      policy: "resident": all weights on the device; "offload": experts in host memory, and as many
+        as there is room for on the device; "host": everything on the CPU; "auto": resident if
+        that fits, else offload. Or a Policy, or the name of a file with one.
+      device_memory_gib: device memory to use, for weights, KV cache, workspace and experts. None
+        has no end on the CPU backend, and is most of what is free on an accelerator.
+      context: positions to plan for, prompt and new tokens; 1,024 if the model has so many. A
+        batch that needs more or less has a plan of its own.
+      record_routing: keep which experts all tokens use, for ``LLM.routing``.
+      timeline: where to enter copies, waits and layers; with the policy offload.
+      link_gb_per_s: holds copies to the device to this speed, in 10^9 bytes per second: for
+        experiments on a machine without an accelerator.
+      link_latency_us: what each copy takes besides then, in microseconds.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.
@@ -314,6 +374,13 @@ def load(
         threads=threads,
         revision=revision,
         progress=progress,
+        policy=policy,
+        device_memory_gib=device_memory_gib,
+        context=context,
+        record_routing=record_routing,
+        timeline=timeline,
+        link_gb_per_s=link_gb_per_s,
+        link_latency_us=link_latency_us,
     )
     stopwatch = Stopwatch()
     with stopwatch:
@@ -327,6 +394,7 @@ def load(
         tokenizer=tokenizer,
         defaults=defaults,
         engine=engine,
+        plan=found.plan,
         notes=notes,
         config_json=found.config_json,
         load_s=stopwatch.seconds,

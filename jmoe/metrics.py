@@ -5,6 +5,64 @@ import time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What experts did during one phase of a call: its prefill, or its decode steps.
+
+    An expert counts once for every layer and group of tokens that uses it.
+    """
+
+    hits: int  # needed, and on the device or on the way there
+    demand_loads: int  # needed, and not
+    prefetches: int  # copies of predicted experts, those included that were cancelled in time
+    useful_prefetches: int  # used before they lost their place
+    useless_prefetches: int  # lost their place unused
+    copies: int  # that arrived on the device
+    copied_bytes: int
+    link_busy_s: float  # time that the link was occupied
+    stalled_s: float  # between asking for experts and the arrival of the last one that was needed
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.demand_loads) if self.hits else 0.0
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyStats:
+    """Where experts were and what moved, of engines that move them.
+
+    Attributes:
+      prefill: what happened while prompts were read.
+      decode: what happened in decode steps.
+      recall: share of the experts that a layer chose among those predicted for it, by how many
+        layers before, and by how many predictions per token: recall[distance - 1][number - 1].
+      num_slots: places of experts that are kept, over all layers.
+      num_staging: places of experts on their way, or not used yet.
+      peak_places: most places that held an expert at one time.
+      expert_bytes: of one expert.
+      peak_device_bytes: weights, KV cache, workspace as compiled, and places in use; on a device
+        that reports it, what it reports.
+    """
+
+    prefill: Traffic
+    decode: Traffic
+    recall: tuple[tuple[float, ...], ...]
+    num_slots: int
+    num_staging: int
+    peak_places: int
+    expert_bytes: int
+    peak_device_bytes: int
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {
+            "prefill": self.prefill.to_json(),
+            "decode": self.decode.to_json(),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStats:
     """Work and time of one call to generate, over all its sequences.
 
@@ -22,6 +80,7 @@ class GenerationStats:
     decode_s: float
     compile_s: float  # compiling programs and running each once
     compiled_programs: int  # in this call; 0 once warm
+    residency: ResidencyStats | None = None  # of engines that move experts
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -35,6 +94,7 @@ class GenerationStats:
         return dataclasses.asdict(self) | {
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
+            "residency": self.residency and self.residency.to_json(),
         }
 
 

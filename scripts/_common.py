@@ -100,6 +100,58 @@ def speeds(stats: "jmoe.GenerationStats") -> str:
     )
 
 
+def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
+    """Lines about the speed of a generation, and about what moved and what was the limit."""
+    lines = [speeds(stats)]
+    residency = stats.residency
+    if residency is None:
+        return lines
+    for name, traffic, seconds in (
+        ("prefill", residency.prefill, stats.prefill_s),
+        ("decode", residency.decode, stats.decode_s),
+    ):
+        needed = traffic.hits + traffic.demand_loads
+        if not needed:
+            continue
+        lines.append(
+            f"{name}: {needed} experts needed, {traffic.hit_rate:.0%} there or on their way; "
+            f"{traffic.demand_loads} demand loads; {traffic.prefetches} prefetches, "
+            f"{traffic.useful_prefetches} useful; {traffic.copied_bytes / 2**20:,.1f} MiB moved; "
+            f"link busy {_share(traffic.link_busy_s, seconds)} of the time, "
+            f"waited for it {_share(traffic.stalled_s, seconds)}"
+        )
+    recall = ", ".join(
+        f"{rates[-1]:.0%} {distance} layer{'s' * (distance > 1)} ahead"
+        for distance, rates in enumerate(residency.recall, 1)
+    )
+    lines.append(
+        f"{residency.num_slots} slots and {residency.num_staging} for staging, of "
+        f"{residency.expert_bytes / 2**20:,.2f} MiB each; at most "
+        f"{residency.peak_device_bytes / 2**20:,.1f} MiB of device memory in use"
+        + (f"; experts predicted: {recall}" if recall else "")
+        + f"; {_bound(stats)}"
+    )
+    return lines
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole else "0%"
+
+
+def _bound(stats: "jmoe.GenerationStats") -> str:
+    """What decoding waited for most."""
+    residency = stats.residency
+    assert residency is not None
+    decode = residency.decode
+    if not stats.decode_s or not decode.copies:
+        return "bound by computing: nothing was moved while decoding"
+    if decode.link_busy_s >= 0.8 * stats.decode_s:
+        return "bound by the link: more slots, fewer bits or a faster link would help"
+    if decode.stalled_s >= 0.3 * stats.decode_s:
+        return "bound by waiting for copies that were not predicted in time"
+    return "bound by computing: copies were hidden behind it"
+
+
 def model_json(llm: "jmoe.LLM") -> dict[str, Any]:
     """The same facts as ``describe``, for --output=json."""
     config, engine = llm.config, llm.engine
@@ -115,6 +167,7 @@ def model_json(llm: "jmoe.LLM") -> dict[str, Any]:
         "notes": list(llm.notes),
         "device": str(engine.device),
         "parameter_bytes": engine.parameter_bytes,
+        "plan": llm.plan.to_json(),
     }
 
 

@@ -37,7 +37,8 @@ def print_text(llm: jmoe.LLM, prompts: list[Any], options: dict[str, Any]) -> st
             del waiting[current]
             print(flush=True)
         if chunk.stats is not None:
-            _common.note(_common.speeds(chunk.stats))
+            for line in _common.describe_stats(chunk.stats):
+                _common.note(line)
     return answer
 
 

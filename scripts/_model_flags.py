@@ -8,6 +8,7 @@ from absl import flags
 
 if TYPE_CHECKING:
     import jmoe
+    from jmoe.loading import FoundModel
 
 MODEL = flags.DEFINE_string(
     "model",
@@ -60,6 +61,33 @@ THREADS = flags.DEFINE_integer(
     "threads", None, "That a CPU computes with, XLA's own too. Default: all.", lower_bound=1
 )
 
+POLICY = flags.DEFINE_string(
+    "policy",
+    "auto",
+    "auto (resident if all fits into the device memory, else offload), resident, offload (experts "
+    "in host memory, as many as fit on the device), host (all on the CPU), or a policy file.",
+)
+DEVICE_MEMORY_GIB = flags.DEFINE_float(
+    "device_memory_gib",
+    None,
+    "Device memory to use, in GiB, for weights, KV cache, workspace and experts. Default: most of "
+    "what is free on an accelerator; without end on a CPU.",
+)
+CONTEXT = flags.DEFINE_integer(
+    "context",
+    None,
+    "Positions to plan for, prompt and new tokens; a batch of another size is planned anew. "
+    "Default: 1024, or the model's context.",
+)
+LINK_GB_PER_S = flags.DEFINE_float(
+    "link_gb_per_s",
+    None,
+    "Holds copies of experts to this speed (10^9 bytes per second), for experiments.",
+)
+LINK_LATENCY_US = flags.DEFINE_float(
+    "link_latency_us", 0.0, "With --link_gb_per_s: what each copy takes besides.", lower_bound=0.0
+)
+
 
 def limit_threads() -> None:
     """Keeps XLA to ``--threads``; must be called before JAX starts a backend."""
@@ -79,15 +107,32 @@ def arguments() -> dict[str, Any]:
         "host_kernels": HOST_KERNELS.value,
         "activation_bits": ACTIVATION_BITS.value and int(ACTIVATION_BITS.value),
         "threads": THREADS.value or 0,
+        "policy": POLICY.value,
+        "device_memory_gib": DEVICE_MEMORY_GIB.value,
+        "context": CONTEXT.value,
+        "link_gb_per_s": LINK_GB_PER_S.value,
+        "link_latency_us": LINK_LATENCY_US.value,
     }
 
 
-def load() -> "jmoe.LLM":
-    """Loads the model that the flags name, and says on stderr what it is."""
+def find() -> "FoundModel":
+    """Looks at the model that the flags name, without reading weights."""
+    limit_threads()
+    from jmoe.loading import LoadOptions, find_model
+
+    return find_model(MODEL.value, LoadOptions(**arguments()))
+
+
+def load(**more: Any) -> "jmoe.LLM":
+    """Loads the model that the flags name, and says on stderr what it is.
+
+    Args:
+      more: arguments of ``jmoe.load`` besides those of the flags.
+    """
     limit_threads()
     import jmoe
 
-    llm = jmoe.load(MODEL.value, **arguments(), progress=True)
+    llm = jmoe.load(MODEL.value, **arguments(), **more, progress=True)
     _common.note(_common.describe(llm))
     for line in llm.notes:
         _common.note(line)

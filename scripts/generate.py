@@ -11,6 +11,9 @@ Examples:
   python scripts/generate.py --model=path/to/model --chat --system='You are brief.'
   python scripts/generate.py --model=path/to/model --quant=attn4-experts4
   python scripts/generate.py --model=mixtral-8x7b --random_weights --num_layers=2 --quant=int4
+  python scripts/generate.py --policy=offload --device_memory_gib=0.02
+  python scripts/generate.py --model=path/to/store --device_memory_gib=8 --dry_run
+  python scripts/generate.py --policy=offload --link_gb_per_s=0.5 --trace_timeline=timeline.json
   cat question.txt | python scripts/generate.py --prompt=- --output=json
   python scripts/generate.py --prompt_file=prompts.jsonl --output=json
 """
@@ -45,12 +48,24 @@ _REPETITION_PENALTY = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End the text before this string; repeatable.")
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the plan, where every byte goes, and end without reading weights."
+)
+_RECORD_ROUTING = flags.DEFINE_string(
+    "record_routing", None, "File (.npz) to write which experts were used to; see simulate.py."
+)
+_TRACE_TIMELINE = flags.DEFINE_string(
+    "trace_timeline",
+    None,
+    "File (.json) to write a timeline of link, host and device to, for Perfetto or Chrome; with "
+    "the policy offload.",
+)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Tell more on stderr.")
 
 
 def main() -> None:
-    import _conversation
     import _prompts
+    import _residency
 
     import jmoe
 
@@ -71,7 +86,17 @@ def main() -> None:
     if _CHAT.value and (prompts or _OUTPUT.value == "json"):
         raise jmoe.RequestError("--chat goes without --prompt, --prompt_file and --output=json")
 
-    llm = _model_flags.load()
+    if _DRY_RUN.value:
+        _residency.print_plan(_model_flags.find(), _OUTPUT.value)
+        return
+    with _residency.recording(_RECORD_ROUTING.value, _TRACE_TIMELINE.value) as loaded:
+        _generate(loaded(), prompts, options)
+
+
+def _generate(llm, prompts: list, options: dict) -> None:
+    import _conversation
+    import _prompts
+
     if _VERBOSE.value:
         _common.note(f"{llm.options(**options)}")
     if _CHAT.value:
@@ -93,7 +118,8 @@ def _generate_json(llm, prompts: list, inputs: list, options: dict) -> dict:
     with _common.status("generating ..."):
         results = llm.generate(inputs, **options)
     stats = results[0].stats
-    _common.note(_common.speeds(stats))
+    for line in _common.describe_stats(stats):
+        _common.note(line)
     fields = ("prompt_token_ids", "token_ids", "text", "finish_reason")
     return {
         "results": [

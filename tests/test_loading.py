@@ -95,7 +95,7 @@ def test_a_bad_tokenizer_is_found_before_weights_are_read(tmp_path, monkeypatch)
     for file in EMBEDDED_MODEL.iterdir():
         if file.name != "tokenizer.json":
             (tmp_path / file.name).symlink_to(file)
-    monkeypatch.setattr("jmoe.loading.read_parameters", None)
+    monkeypatch.setattr("jmoe.loading.find.read_parameters", None)
     with pytest.raises(jmoe.CheckpointError, match=r"tokenizer\.json is missing"):
         jmoe.load(tmp_path)
 

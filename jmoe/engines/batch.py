@@ -1,22 +1,22 @@
-"""One batch of the resident engine on its way from prompts to tokens.
+"""One batch on its way from prompts to tokens, in any engine.
 
 Prompts may differ in length. They are padded at the end and prefilled in chunks of bucketed
-length; then every step makes one token of every sequence that still grows. The host is one
-step behind: it dispatches a step before it waits for the tokens of the step before, so that
-the device never waits for Python.
+length; then every step makes one token of every sequence that still grows. Where a step is one
+program, the host is one step behind: it dispatches a step before it waits for the tokens of the
+step before, so that the device never waits for Python.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jmoe.engines import programs
-from jmoe.engines.device_model import DeviceModel
-from jmoe.engines.memory import check_fits
-from jmoe.engines.programs import DecodeState
+from jmoe.config import ModelConfig
+from jmoe.engines.programs import ProgramCache
+from jmoe.engines.prompts import pad_prompts
+from jmoe.engines.steps import BatchShape, Steps
 from jmoe.generation.options import GenerationOptions
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
@@ -24,12 +24,26 @@ from jmoe.models import kv_cache
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Token ids int32 [B, length], padded with 0 at the end."""
-    padded_BL = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(padded_BL, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded_BL
+class Engine(Protocol):
+    """What a batch runs in."""
+
+    config: ModelConfig
+    dtype: str
+    device: jax.Device
+    programs: ProgramCache
+
+    @property
+    def max_chunk(self) -> int:
+        """Longest piece of a prompt."""
+        ...
+
+    def put(self, array: np.ndarray | np.generic) -> jax.Array: ...
+
+    def reserve(self, shape: BatchShape) -> None:
+        """Makes room for a batch (CapacityError)."""
+        ...
+
+    def steps(self, shape: BatchShape) -> Steps: ...
 
 
 class BatchRun:
@@ -44,7 +58,7 @@ class BatchRun:
 
     def __init__(
         self,
-        model: DeviceModel,
+        model: Engine,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
     ):
@@ -53,14 +67,14 @@ class BatchRun:
         self.max_new_tokens = [min(options.max_new_tokens, tokens) for tokens in room]
         self._model = model
         self._prompts = prompts
-        self._kind = SamplingKind.of(options)
-        self._chunks, capacity = self._plan_memory()
+        shape = self._plan(SamplingKind.of(options))
+        model.reserve(shape)
 
         self._active = np.ones(len(prompts), bool)
         self._active_B = put(self._active.copy())
-        self._lengths_B = put(np.array([len(prompt) for prompt in prompts], np.int32))
-        self._seen_BV = put(self._seen_in_prompts()) if self._kind.penalized else None
-        self._sampling = (
+        lengths_B = put(np.array([len(prompt) for prompt in prompts], np.int32))
+        seen_BV = put(self._seen_in_prompts()) if shape.kind.penalized else None
+        sampling = (
             put(np.array([options.seed >> 32, options.seed & 0xFFFFFFFF], np.uint32)),
             SamplingValues(
                 temperature=put(np.float32(options.temperature)),
@@ -70,33 +84,31 @@ class BatchRun:
                 repetition_penalty=put(np.float32(options.repetition_penalty)),
             ),
         )
-        cache = kv_cache.init_cache(config, len(prompts), capacity, model.dtype, model.device)
-        hidden_BD = put(np.zeros((len(prompts), config.hidden_size), jnp.dtype(model.dtype)))
         before = model.programs.num_compiled
         stopwatch = Stopwatch()
-        with stopwatch:
-            self._compile(cache, hidden_BD)
-            if model.programs.num_compiled > before:
-                cache, hidden_BD = self._warm_up(cache, hidden_BD)
-        self._num_compiled = model.programs.num_compiled - before
-        self._compile_s = stopwatch.seconds
-        self._prefill(cache, hidden_BD)
+        self._steps = model.steps(shape)
+        try:
+            with stopwatch:
+                self._steps.prepare(lengths_B, self._active_B, sampling)
+            self._num_compiled = model.programs.num_compiled - before
+            self._compile_s = stopwatch.seconds
+            self._prefill(pad_prompts(prompts, sum(shape.chunks)), lengths_B, seen_BV)
+        except BaseException:
+            self.close()
+            raise
 
-    def _plan_memory(self) -> tuple[list[int], int]:
-        """Lengths of the prompt's chunks, and positions of the KV cache, if they fit."""
+    def _plan(self, kind: SamplingKind) -> BatchShape:
         model, batch_size = self._model, len(self._prompts)
         lengths = zip(self._prompts, self.max_new_tokens, strict=True)
         num_positions = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
-        longest = longest_chunk(model.config, batch_size, num_positions)
+        longest = min(longest_chunk(model.config, batch_size, num_positions), model.max_chunk)
         chunks = prompt_chunks(max(map(len, self._prompts)), longest)
-        capacity = kv_cache.bucket_capacity(max(num_positions, sum(chunks)))
-        check_fits(
-            kv_cache.cache_bytes(model.config, batch_size, capacity, model.dtype),
-            model.device,
-            what=f"the KV cache of {batch_size} x {capacity} positions",
-            do="run fewer prompts at once, shorten them, or lower max_new_tokens",
+        return BatchShape(
+            batch_size=batch_size,
+            chunks=tuple(chunks),
+            capacity=kv_cache.bucket_capacity(max(num_positions, sum(chunks))),
+            kind=kind,
         )
-        return chunks, capacity
 
     def _seen_in_prompts(self) -> np.ndarray:
         seen_BV = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
@@ -104,108 +116,45 @@ class BatchRun:
             row[np.asarray(prompt)] = True
         return seen_BV
 
-    def _compile(self, cache: kv_cache.KVCache, hidden_BD: jax.Array) -> None:
-        model, batch_size = self._model, len(self._prompts)
-        int32 = jnp.int32
-        start = jax.ShapeDtypeStruct((), int32)
-        self._prefill_chunk = {
-            size: model.programs.get(
-                programs.prefill_chunk,
-                model.parameters,
-                cache,
-                hidden_BD,
-                jax.ShapeDtypeStruct((batch_size, size), int32),
-                start,
-                self._lengths_B,
-                **model.static_arguments(batch_size * size),
-            )
-            for size in set(self._chunks)
-        }
-        self._first_tokens = model.programs.get(
-            programs.first_tokens,
-            model.parameters,
-            hidden_BD,
-            self._lengths_B,
-            self._seen_BV,
-            *self._sampling,
-            **model.model_arguments(),
-            kind=self._kind,
-        )
-        token_ids_B = self._lengths_B  # of the same shape and dtype
-        self._decode_step = model.programs.get(
-            programs.decode_step,
-            model.parameters,
-            DecodeState(cache, self._lengths_B, token_ids_B, self._seen_BV),
-            self._active_B,
-            *self._sampling,
-            **model.static_arguments(batch_size),
-            kind=self._kind,
-        )
-
-    def _warm_up(
-        self, cache: kv_cache.KVCache, hidden_BD: jax.Array
-    ) -> tuple[kv_cache.KVCache, jax.Array]:
-        """Runs each program once, on prompts of one token: backends finish a program then.
-
-        What that leaves in the cache lies beyond every sequence's length, and is overwritten.
-        """
-        put, parameters = self._model.put, self._model.parameters
-        lengths_B = np.ones(len(self._prompts), np.int32)
-        for size, prefill_chunk in self._prefill_chunk.items():
-            token_ids_BL = put(np.zeros((len(self._prompts), size), np.int32))
-            start = put(np.int32(0))
-            cache, hidden_BD = prefill_chunk(
-                parameters, cache, hidden_BD, token_ids_BL, start, put(lengths_B)
-            )
-        token_ids_B, seen_BV = self._first_tokens(
-            parameters, hidden_BD, put(lengths_B), self._seen_BV, *self._sampling
-        )
-        state = DecodeState(cache, put(lengths_B), token_ids_B, seen_BV)
-        state, token_ids_B = self._decode_step(parameters, state, self._active_B, *self._sampling)
-        token_ids_B.block_until_ready()
-        return state.cache, hidden_BD
-
-    def _prefill(self, cache: kv_cache.KVCache, hidden_BD: jax.Array) -> None:
-        model = self._model
-        padded_BL = pad_prompts(self._prompts, sum(self._chunks))
+    def _prefill(
+        self, padded_BL: np.ndarray, lengths_B: jax.Array, seen_BV: jax.Array | None
+    ) -> None:
         started = time.perf_counter()
-        start = 0
-        for size in self._chunks:
-            chunk_BL = model.put(padded_BL[:, start : start + size])
-            cache, hidden_BD = self._prefill_chunk[size](
-                model.parameters,
-                cache,
-                hidden_BD,
-                chunk_BL,
-                model.put(np.int32(start)),
-                self._lengths_B,
-            )
-            start += size
-        token_ids_B, seen_BV = self._first_tokens(
-            model.parameters, hidden_BD, self._lengths_B, self._seen_BV, *self._sampling
-        )
+        self._state, token_ids_B = self._steps.prefill(padded_BL, lengths_B, seen_BV)
         self._first = np.asarray(token_ids_B)
-        self._first_token_at = self._last_token_at = time.perf_counter()
-        self._prefill_s = self._first_token_at - started
-        self._decode_tokens = 0
-        self._state = DecodeState(cache, self._lengths_B, token_ids_B, seen_BV)
+        self._prefill_s = time.perf_counter() - started
+        self._decode_tokens, self._decode_s = 0, 0.0
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Generator[np.ndarray, None, None]:
+        try:
+            yield from self._tokens()
+        finally:
+            self.close()
+
+    def _tokens(self) -> Generator[np.ndarray, None, None]:
+        ahead = self._steps.runs_ahead
         token_ids_B = self._first
         started = 1
         pending = None
+        since = time.perf_counter()
         while True:
-            if pending is None and started < self._longest():
+            if ahead and pending is None and started < self._longest():
                 pending, started = self._dispatch(), started + 1
             yield token_ids_B
-            if pending is None or not self._active.any():
+            if not self._active.any():
+                return
+            if not ahead and started < self._longest():
+                since = time.perf_counter()  # the caller had the last token, nothing was computed
+                pending, started = self._dispatch(), started + 1
+            if pending is None:
                 return
             following = None
-            if started < self._longest():
+            if ahead and started < self._longest():
                 following, started = self._dispatch(), started + 1
             token_ids_B = np.asarray(pending)
             pending = following
-            self._last_token_at = time.perf_counter()
+            now = time.perf_counter()
+            self._decode_s, since = self._decode_s + now - since, now
             self._decode_tokens += int(self._active.sum())
 
     def _longest(self) -> int:
@@ -213,9 +162,7 @@ class BatchRun:
         return max((limit for active, limit in pairs if active), default=0)
 
     def _dispatch(self) -> jax.Array:
-        self._state, token_ids_B = self._decode_step(
-            self._model.parameters, self._state, self._active_B, *self._sampling
-        )
+        self._state, token_ids_B = self._steps.step(self._state, self._active_B)
         token_ids_B.copy_to_host_async()
         return token_ids_B
 
@@ -225,6 +172,10 @@ class BatchRun:
         if self._active.any():
             self._active_B = self._model.put(self._active.copy())
 
+    def close(self) -> None:
+        """Ends the batch, also before its last token; may be called again."""
+        self._steps.close()
+
     def stats(self) -> GenerationStats:
         """Work and time so far."""
         return GenerationStats(
@@ -233,7 +184,8 @@ class BatchRun:
             prefill_s=self._prefill_s,
             new_tokens=len(self._prompts) + self._decode_tokens,
             decode_tokens=self._decode_tokens,
-            decode_s=self._last_token_at - self._first_token_at,
+            decode_s=self._decode_s,
             compile_s=self._compile_s,
             compiled_programs=self._num_compiled,
+            residency=self._steps.residency(),
         )

@@ -17,6 +17,20 @@ from jmoe.quant.spec import QuantSpec
 LARGE_BYTES = 4 * 2**20
 
 
+def adopt(array: np.ndarray | jax.Array, device: jax.Device) -> jax.Array:
+    """Moves a parameter to a device; on the CPU backend, a large one to large pages.
+
+    XLA's own buffers have small pages, of which memory reads a tenth slower. An aligned numpy array
+    is taken over there without a copy, and must not be changed afterwards.
+    """
+    is_large = device.platform == "cpu" and array.nbytes >= LARGE_BYTES
+    if is_large and not (isinstance(array, np.ndarray) and is_aligned(array)):
+        copy = aligned_empty(array.shape, array.dtype)
+        copy[...] = array
+        array = copy
+    return jax.device_put(array, device)
+
+
 class DeviceModel:
     """Weights and programs of one model on one device.
 
@@ -39,34 +53,18 @@ class DeviceModel:
         quant: QuantSpec | None = None,
         host: HostKernels | None = None,
     ):
-        """Moves the parameters to the device one by one, as the iterable yields them.
-
-        On the CPU backend an aligned numpy array is taken over without a copy, and must not
-        be changed afterwards.
-        """
+        """Moves the parameters to the device one by one, as the iterable yields them."""
         self.config = config
         self.dtype = dtype
         self.quant = quant
         self.host = host
         self.device = device
-        self.parameters = tuple(map(self._adopt, parameters))
+        self.parameters = tuple(adopt(parameter, device) for parameter in parameters)
         self.programs = ProgramCache(device)
 
     @property
     def parameter_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters)
-
-    def _adopt(self, array: np.ndarray | jax.Array) -> jax.Array:
-        """Moves a parameter to the device; on the CPU backend, a large one to large pages.
-
-        XLA's own buffers have small pages, of which memory reads a tenth slower.
-        """
-        is_large = self.device.platform == "cpu" and array.nbytes >= LARGE_BYTES
-        if is_large and not (isinstance(array, np.ndarray) and is_aligned(array)):
-            copy = aligned_empty(array.shape, array.dtype)
-            copy[...] = array
-            array = copy
-        return self.put(array)
 
     def put(self, array: Any) -> jax.Array:
         """Copies an array to the device."""

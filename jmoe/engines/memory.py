@@ -14,7 +14,7 @@ def check_fits(num_bytes: int, device: jax.Device, *, what: str, do: str) -> Non
     if device.platform == "cpu":
         available = memory.available_host_bytes()
     else:
-        limit, in_use = memory.device_memory(device)
+        limit, in_use, _ = memory.device_memory(device)
         if limit is None:
             return
         available = limit - (in_use or 0)

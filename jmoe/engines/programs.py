@@ -39,6 +39,22 @@ class DecodeState:
     seen_BV: Bool[Array, "B V"] | None
 
 
+def next_tokens(
+    logits_BV: Float[Array, "B V"],
+    lengths_B: Int[Array, " B"],
+    seen_BV: Bool[Array, "B V"] | None,
+    key_data: UInt32[Array, "2"],
+    values: SamplingValues,
+    kind: SamplingKind,
+) -> tuple[Int[Array, " B"], Bool[Array, "B V"] | None]:
+    """Chooses the token at position lengths_B of every sequence, and enters it into seen_BV."""
+    keys_B = _step_keys(key_data, lengths_B)
+    token_ids_B = sample(logits_BV, seen_BV, keys_B, values, kind)
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_ids_B.shape[0]), token_ids_B].set(True)
+    return token_ids_B, seen_BV
+
+
 def _step_keys(key_data: UInt32[Array, "2"], lengths_B: Int[Array, " B"]) -> jax.Array:
     """Random keys for the token at position lengths_B: by seed, sequence and position only."""
     key = jax.random.wrap_key_data(key_data)
@@ -135,9 +151,7 @@ def first_tokens(
 ) -> tuple[Int[Array, " B"], Bool[Array, "B V"] | None]:
     """Chooses every sequence's first new token, from the hidden states of the prefill."""
     model = rebuild(config, dtype, parameters, quant, host)
-    keys_B = _step_keys(key_data, lengths_B)
-    token_ids_B = sample(model.logits(hidden_BD), seen_BV, keys_B, values, kind)
-    return token_ids_B, _mark_seen(seen_BV, token_ids_B)
+    return next_tokens(model.logits(hidden_BD), lengths_B, seen_BV, key_data, values, kind)
 
 
 @functools.partial(
@@ -172,16 +186,10 @@ def decode_step(
         state.token_ids_B[:, None], state.lengths_B, active_B[:, None], state.cache, form
     )
     lengths_B = state.lengths_B + active_B
-    keys_B = _step_keys(key_data, lengths_B)
-    token_ids_B = sample(model.logits(hidden_BLD[:, 0]), state.seen_BV, keys_B, values, kind)
-    seen_BV = _mark_seen(state.seen_BV, token_ids_B)
+    token_ids_B, seen_BV = next_tokens(
+        model.logits(hidden_BLD[:, 0]), lengths_B, state.seen_BV, key_data, values, kind
+    )
     return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
-
-
-def _mark_seen(seen_BV, token_ids_B):
-    if seen_BV is None:
-        return None
-    return seen_BV.at[jnp.arange(token_ids_B.shape[0]), token_ids_B].set(True)
 
 
 # XLA:CPU of jaxlib 0.10.2 converts bfloat16 weights to float32, and this pass moves the
@@ -207,6 +215,12 @@ class ProgramCache:
     @property
     def num_compiled(self) -> int:
         return len(self._programs)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Largest memory that a program takes beside arguments and results, as XLA says."""
+        analyses = [program.memory_analysis() for program in self._programs.values()]
+        return max((a.temp_size_in_bytes for a in analyses if a is not None), default=0)
 
     def get(self, program: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
         """The compiled form of a program.

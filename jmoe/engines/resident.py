@@ -5,16 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmoe.engines import programs
-from jmoe.engines.batch import BatchRun, pad_prompts
+from jmoe.engines.batch import BatchRun
 from jmoe.engines.device_model import DeviceModel
-from jmoe.errors import RequestError
+from jmoe.engines.memory import check_fits
+from jmoe.engines.prompts import check_prompts, pad_prompts
+from jmoe.engines.resident_steps import ResidentSteps
+from jmoe.engines.steps import BatchShape
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
-from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.planning.chunks import MAX_CHUNK, longest_chunk, prompt_chunks
 
 
 class ResidentEngine(DeviceModel):
     """Runs batches of prompts, and scores texts."""
+
+    max_chunk = MAX_CHUNK
 
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
         """Checks a batch, reserves its KV cache, compiles what it needs, and prefills it.
@@ -28,8 +33,24 @@ class ResidentEngine(DeviceModel):
             token in the model's context.
           CapacityError: the KV cache does not fit into memory.
         """
-        self._check_prompts(prompts, reserve=1)
+        check_prompts(prompts, self.config, reserve=1)
         return BatchRun(self, prompts, options)
+
+    def reserve(self, shape: BatchShape) -> None:
+        """Checks that the KV cache of a batch fits (CapacityError)."""
+        batch_size, capacity = shape.batch_size, shape.capacity
+        check_fits(
+            kv_cache.cache_bytes(self.config, batch_size, capacity, self.dtype),
+            self.device,
+            what=f"the KV cache of {batch_size} x {capacity} positions",
+            do="run fewer prompts at once, shorten them, or lower max_new_tokens",
+        )
+
+    def steps(self, shape: BatchShape) -> ResidentSteps:
+        return ResidentSteps(self, shape)
+
+    def close(self) -> None:
+        """Nothing has to be ended here."""
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Scores the next token at every position of one sequence: float32 [L, V].
@@ -37,7 +58,7 @@ class ResidentEngine(DeviceModel):
         Raises:
           RequestError: no token, an unknown one, or more than the model's context.
         """
-        self._check_prompts([token_ids], reserve=0)
+        check_prompts([token_ids], self.config)
         chunks = prompt_chunks(len(token_ids), longest_chunk(self.config, 1, len(token_ids)))
         padded_BL = pad_prompts([token_ids], sum(chunks))
         capacity = kv_cache.bucket_capacity(sum(chunks))
@@ -52,24 +73,3 @@ class ResidentEngine(DeviceModel):
             logits.append(np.asarray(logits_BLV)[0])
             start += size
         return np.concatenate(logits)[: len(token_ids)]
-
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], *, reserve: int) -> None:
-        limit = self.config.max_position_embeddings - reserve
-        for i, prompt in enumerate(prompts):
-            where = f"prompt {i + 1} of {len(prompts)}" if len(prompts) > 1 else None
-            if not prompt:
-                raise RequestError("the prompt is empty", where=where, do="give it some text")
-            if len(prompt) > limit:
-                raise RequestError(
-                    "the prompt is longer than the model's context",
-                    where=where,
-                    got=f"{len(prompt)} tokens",
-                    expected=f"at most {limit}",
-                    do="shorten the prompt",
-                )
-            if not all(0 <= token_id < self.config.vocab_size for token_id in prompt):
-                raise RequestError(
-                    "the prompt has a token id outside the model's vocabulary",
-                    where=where,
-                    expected=f"ids from 0 to {self.config.vocab_size - 1}",
-                )

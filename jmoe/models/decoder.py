@@ -5,6 +5,7 @@ without weights, programs rebuild the module from a flat tuple of arrays while t
 are traced, and compiled code sees arrays only.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -71,6 +72,14 @@ class DecoderLayer(nnx.Module):
         """The normalised tokens that experts read, and the experts that they go to."""
         normed_TD = self.post_norm(x_TD)
         return normed_TD, route(normed_TD, self.router[...], self.router_config)
+
+    def predict(self, x_TD: Float[Array, "T D"], num_experts: int) -> Int[Array, "T N"]:
+        """Experts that the router would choose for the residual stream of an earlier layer.
+
+        The stream changes little from layer to layer: https://arxiv.org/abs/2312.17238, 3.2.
+        """
+        config = dataclasses.replace(self.router_config, top_k=num_experts)
+        return route(self.post_norm(x_TD), self.router[...], config).expert_ids_TK
 
     def __call__(
         self, x_BLD, start_B, valid_BL, rotation, cache: LayerCache, form: ExpertForm

@@ -186,8 +186,11 @@ def expert_output(
     with jax.named_scope("expert"):
         stack = blob[None]
         num_rows = x_RD.shape[0]
-        is_for_host = host is not None and activation == "silu"
-        if is_for_host and host.takes_experts(layout.formats, num_rows):
+        if (
+            host is not None
+            and activation == "silu"
+            and host.takes_experts(layout.formats, num_rows)
+        ):
             ids_R1 = jnp.zeros((num_rows, 1), jnp.int32)
             ones_R1 = jnp.ones((num_rows, 1), jnp.float32)
             x = x_RD.astype(jnp.float32)

@@ -23,6 +23,7 @@ _V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 class DeviceMemory(NamedTuple):
     limit_bytes: int | None
     in_use_bytes: int | None
+    peak_bytes: int | None  # most that were in use so far
 
 
 def host_memory_bytes() -> int:
@@ -47,7 +48,8 @@ def device_memory(device: jax.Device) -> DeviceMemory:
     not what the device has. The CPU backend says nothing.
     """
     stats = device.memory_stats() or {}
-    return DeviceMemory(stats.get("bytes_limit"), stats.get("bytes_in_use"))
+    names = ("bytes_limit", "bytes_in_use", "peak_bytes_in_use")
+    return DeviceMemory(*(stats.get(name) for name in names))
 
 
 def _cgroup_limits(

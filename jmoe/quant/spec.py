@@ -50,6 +50,11 @@ class QuantSpec:
         others = self.attention, self.embeddings, self.head
         return tuple(dict.fromkeys((*others, *self.experts_formats)))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything is in few bits."""
+        return any(isinstance(fmt, QuantFormat) for fmt in self.formats)
+
     def to_json(self) -> dict[str, str]:
         """Every component's format in text form."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -51,6 +51,10 @@ class Places:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def keys(self) -> list[ExpertKey]:
+        """The experts that hold a place."""
+        return list(self._entries)
+
     def place_of(self, key: ExpertKey) -> int | None:
         entry = self._entries.get(key)
         return None if entry is None else entry.place

@@ -8,6 +8,7 @@ from _bench.settings import Subject
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions
+from jmoe.loading import Engine
 
 
 class Run(NamedTuple):
@@ -16,7 +17,7 @@ class Run(NamedTuple):
     tokens_BL: np.ndarray  # prompt and generated tokens
 
 
-def run_engine(engine: ResidentEngine, prompts: np.ndarray, new_tokens: int) -> Run:
+def run_engine(engine: Engine, prompts: np.ndarray, new_tokens: int) -> Run:
     """Seconds until the first token, and of new_tokens steps after it.
 
     Args:

@@ -70,4 +70,10 @@ def check_peer(suite: str, peer: str, peers: Sequence[str]) -> None:
 def load_subject(settings: Settings) -> Subject:
     """Loads the model, or fills its shape with random weights (JmoeError)."""
     llm = jmoe.load(settings.model, **settings.loading, progress=True)
+    if not isinstance(llm.engine, ResidentEngine):
+        raise RequestError(
+            "this suite measures models that are on their device as a whole",
+            got=f"the policy {llm.plan.policy.mode}",
+            do="use --suite=offload, or leave out --policy and --device_memory_gib",
+        )
     return Subject(llm.name, llm.engine, dict(llm.config_json), llm.notes)

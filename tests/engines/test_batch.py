@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jmoe.engines import batch, memory
+from jmoe.engines import memory, prompts
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import CapacityError, RequestError
 from jmoe.generation.options import GenerationOptions
@@ -115,4 +115,4 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(engine, monkeypatc
 
 
 def test_prompts_are_padded_at_the_end():
-    np.testing.assert_array_equal(batch.pad_prompts([[1, 2], [3]], 3), [[1, 2, 0], [3, 0, 0]])
+    np.testing.assert_array_equal(prompts.pad_prompts([[1, 2], [3]], 3), [[1, 2, 0], [3, 0, 0]])

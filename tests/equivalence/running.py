@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.engines.batch import pad_prompts
+from jmoe.engines.prompts import pad_prompts
 from jmoe.engines.resident import ResidentEngine
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import families, kv_cache

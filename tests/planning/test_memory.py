@@ -71,6 +71,6 @@ class _Device:
 
 def test_device_memory_is_what_the_backend_reports():
     gpu = _Device({"bytes_limit": 100, "bytes_in_use": 7, "num_allocs": 1})
-    assert memory.device_memory(gpu) == (100, 7)  # pyright: ignore[reportArgumentType]
-    assert memory.device_memory(_Device({})) == (None, None)  # pyright: ignore[reportArgumentType]
-    assert memory.device_memory(jax.devices("cpu")[0]) == (None, None)
+    assert memory.device_memory(gpu) == (100, 7, None)  # pyright: ignore[reportArgumentType]
+    assert memory.device_memory(_Device({})) == (None, None, None)  # pyright: ignore[reportArgumentType]
+    assert memory.device_memory(jax.devices("cpu")[0]) == (None, None, None)

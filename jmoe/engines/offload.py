@@ -1,0 +1,208 @@
+"""The offload engine: experts in host memory, a cache of them on the device, moved ahead of use."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+
+from jmoe.config import ModelConfig
+from jmoe.engines import layer_programs
+from jmoe.engines.batch import BatchRun
+from jmoe.engines.decode_loop import DecodeLoop
+from jmoe.engines.expert_model import ExpertModel
+from jmoe.engines.offload_steps import OffloadSteps
+from jmoe.engines.prediction import GatePredictor, Predictor
+from jmoe.engines.prompt_stream import PromptStream
+from jmoe.engines.prompts import check_prompts, pad_prompts
+from jmoe.engines.steps import BatchShape
+from jmoe.generation.options import GenerationOptions
+from jmoe.models import kv_cache
+from jmoe.native.choice import HostKernels
+from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.planning.memory import available_host_bytes
+from jmoe.planning.plan import Plan
+from jmoe.planning.traces import TraceRecorder
+from jmoe.quant.spec import QuantSpec
+from jmoe.residency.cache import SlotCache
+from jmoe.residency.eviction import Eviction, make_eviction
+from jmoe.residency.experts import DeviceExperts
+from jmoe.residency.link import Link
+from jmoe.residency.timeline import Timeline
+from jmoe.store.expert_store import ExpertStore
+
+# Makes the plan for batches of so many sequences of so many positions (CapacityError).
+Replan = Callable[[int, int], Plan]
+
+
+class OffloadEngine(ExpertModel):
+    """Runs one batch at a time: its experts are those of the last token of the last one.
+
+    Attributes:
+      plan: where the bytes of the current batch go.
+      store: the experts in host memory.
+      recorder: told which experts are chosen; None does not record.
+      predictor: of experts; None takes what the routers say.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Iterable[np.ndarray | jax.Array],
+        dtype: str,
+        device: jax.Device,
+        quant: QuantSpec,
+        host: HostKernels | None,
+        *,
+        plan: Plan,
+        link: Link,
+        replan: Replan | None = None,
+        store: ExpertStore | None = None,
+        eviction: Eviction | None = None,
+        timeline: Timeline | None = None,
+    ):
+        """Args:
+        parameters: see ``ExpertModel``.
+        plan: of the mode offload.
+        link: for blobs of this layout; closed with the engine.
+        replan: asked when a batch is larger or smaller than the plan's; None keeps the plan.
+        store: of the blobs among the parameters; None makes one of them.
+        eviction: another rule than the policy's.
+        timeline: of copies, waits and layers.
+        """
+        policy = plan.policy
+        super().__init__(config, parameters, dtype, device, quant, host, policy)
+        self.plan = plan
+        self.recorder: TraceRecorder | None = None
+        self.predictor: Predictor | None = None
+        self.store = store or _store(self)
+        self.host_layers.clear()  # which the store may move
+        self._replan = replan
+        self._planned: tuple[int, int] | None = None
+        self._run: OffloadSteps | None = None
+        slots = policy.slots
+        assert slots is not None
+        smallest = 0 if isinstance(slots, int) else min(slots)
+        cache = SlotCache(
+            slots,
+            num_layers=config.num_hidden_layers,
+            num_experts=config.router.num_experts,
+            num_staging=policy.num_staging,
+            eviction=eviction or make_eviction(policy.eviction),
+            min_free=max(0, config.router.top_k - smallest),
+        )
+        store = self.store  # the fetcher's thread must not refer to the engine
+        self.experts = DeviceExperts(
+            link, lambda key: store.layer(key.layer)[key.expert], cache, timeline
+        )
+
+    @property
+    def max_chunk(self) -> int:
+        return self.plan.policy.prefill_chunk
+
+    def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
+        """Checks a batch, makes room for it, compiles what it needs, and prefills it.
+
+        Ends the batch before, if that has not ended.
+
+        Raises:
+          RequestError: a prompt is empty, has an unknown token, or leaves no room for a new
+            token in the model's context.
+          CapacityError: the batch does not fit into the budget.
+          TransferError: a copy to the device failed.
+        """
+        check_prompts(prompts, self.config, reserve=1)
+        return BatchRun(self, prompts, options)
+
+    def reserve(self, shape: BatchShape) -> None:
+        """Plans a batch, and gives the experts the places that are left (CapacityError)."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+        sizes = shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
+        if self._replan is None or sizes == self._planned:
+            return
+        plan = self._replan(*sizes)
+        policy = plan.policy
+        assert policy.slots is not None
+        self.experts.resize(policy.slots, policy.num_staging)
+        self.plan, self._planned = plan, sizes
+
+    def steps(self, shape: BatchShape) -> OffloadSteps:
+        self._run = OffloadSteps(self, shape, self.recorder, self.predictor)
+        return self._run
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Scores the next token at every position of one sequence: float32 [L, V].
+
+        Raises:
+          RequestError: no token, an unknown one, or more than the model's context.
+          TransferError: a copy to the device failed.
+        """
+        check_prompts([token_ids], self.config)
+        longest = min(longest_chunk(self.config, 1, len(token_ids)), self.max_chunk)
+        chunks = prompt_chunks(len(token_ids), longest)
+        caches = self._caches(1, sum(chunks))
+        stream = PromptStream(self, 1, caches)
+        padded_BL, start, logits = pad_prompts([token_ids], sum(chunks)), 0, []
+        for size in chunks:
+            stream.compile(size)
+            valid_BL = (start + np.arange(size) < len(token_ids))[None]
+            routed, y_AD = stream.run(
+                self.experts,
+                caches,
+                self.put(padded_BL[:, start : start + size]),
+                self.put(np.array([start], np.int32)),
+                self.put(valid_BL),
+            )
+            program = self.program(layer_programs.prompt_logits, routed, y_AD, self.ends, layer=0)
+            logits.append(np.asarray(program(routed, y_AD, self.ends))[0])
+            start += size
+        self.experts.settle()
+        return np.concatenate(logits)[: len(token_ids)]
+
+    def decode_logits(self, token_ids_BL: np.ndarray) -> np.ndarray:
+        """Scores sequences token by token, as decode steps do: float32 [B, L, V].
+
+        Args:
+          token_ids_BL: of equal length.
+        """
+        batch_size, num_tokens = token_ids_BL.shape
+        check_prompts(token_ids_BL.tolist(), self.config)
+        caches = self._caches(batch_size, num_tokens)
+        predictor = self.predictor or (GatePredictor(self.num_layers) if self.lookahead else None)
+        loop = DecodeLoop(self, batch_size, predictor)
+        loop.compile(caches, self.abstract((batch_size, 1), "int32"))
+        valid_B1 = self.put(np.ones((batch_size, 1), bool))
+
+        def finish(*experts: object) -> jax.Array:
+            program = self.program(layer_programs.last_logits, *experts, self.ends, layer=0)
+            return program(*experts, self.ends)
+
+        logits = []
+        for position in range(num_tokens):
+            start_B = self.put(np.full(batch_size, position, np.int32))
+            tokens_B1 = self.put(token_ids_BL[:, position : position + 1].astype(np.int32))
+            logits_BLV = loop.run(self.experts, caches, tokens_B1, start_B, valid_B1, finish)
+            logits.append(np.asarray(logits_BLV)[:, 0])
+        self.experts.settle()
+        return np.stack(logits, axis=1)
+
+    def close(self) -> None:
+        """Stops the thread that copies, and drops all experts; may be called again."""
+        self.experts.close()
+
+    def _caches(self, batch_size: int, num_positions: int) -> list[kv_cache.LayerCache]:
+        capacity = kv_cache.bucket_capacity(num_positions)
+        cache = kv_cache.init_cache(self.config, batch_size, capacity, self.dtype, self.device)
+        return list(cache.layers)
+
+
+def _store(model: ExpertModel) -> ExpertStore:
+    """Of the blobs that a model was given."""
+    shape = (-1, model.layout.num_bytes)
+    layers = [layer.view(np.uint8).reshape(shape) for layer in model.host_layers]
+    store = ExpertStore(
+        model.layout, layers, "ram", "read into memory", spare_bytes=available_host_bytes()
+    )
+    store.lock_pages(model.device)
+    return store

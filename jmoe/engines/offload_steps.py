@@ -1,0 +1,286 @@
+"""A batch in the offload engine: prompts layer by layer, then the loop over layers per token."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.engines import layer_programs
+from jmoe.engines.decode_loop import DecodeLoop
+from jmoe.engines.expert_model import ExpertModel, Supply
+from jmoe.engines.prediction import GatePredictor, Predictor, Recall
+from jmoe.engines.programs import DecodeState
+from jmoe.engines.prompt_stream import PromptStream
+from jmoe.engines.steps import BatchShape, Sampling
+from jmoe.metrics import ResidencyStats
+from jmoe.models import kv_cache
+from jmoe.models.kv_cache import KVCache
+from jmoe.planning.memory import device_memory
+from jmoe.planning.traces import TraceRecorder
+from jmoe.residency.timeline import Timeline
+
+
+class OffloadSteps:
+    """See ``steps.Steps``."""
+
+    runs_ahead = False  # the host works along: the next token would only delay this one
+
+    def __init__(
+        self,
+        model: ExpertModel,
+        shape: BatchShape,
+        recorder: TraceRecorder | None = None,
+        predictor: Predictor | None = None,
+    ):
+        """Args:
+        model: whose experts nobody else uses until ``close``.
+        shape: of the batch.
+        recorder: told which experts were chosen.
+        predictor: of experts; None takes what the routers say.
+        """
+        self._model = model
+        self._shape = shape
+        self._recorder = recorder
+        if predictor is None and model.lookahead:
+            predictor = GatePredictor(model.num_layers)
+        self._loop = DecodeLoop(model, shape.batch_size, predictor)
+        self._recall = Recall(model.lookahead, model.num_predicted)
+        self._started = self._prefilled = model.experts.counts()
+        # Numbers of the batch's sequences in the record.
+        self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
+
+    def prepare(self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling) -> None:
+        model, shape = self._model, self._shape
+        self._sampling = sampling
+        cache = kv_cache.init_cache(
+            model.config, shape.batch_size, shape.capacity, model.dtype, model.device
+        )
+        self._caches = list(cache.layers)
+        self._stream = PromptStream(model, shape.batch_size, self._caches)
+        before = model.programs.num_compiled
+        self._compile(lengths_B, active_B)
+        if model.programs.num_compiled > before:
+            self._warm_up()
+
+    def _compile(self, lengths_B: jax.Array, active_B: jax.Array) -> None:
+        model, shape, loop = self._model, self._shape, self._loop
+        batch_size, hidden = shape.batch_size, model.config.hidden_size
+        seen_BV = None
+        if shape.kind.penalized:
+            seen_BV = model.abstract((batch_size, model.config.vocab_size), "bool")
+        hidden_BD = model.abstract((batch_size, hidden), model.dtype)
+        top_k = model.config.router.top_k
+        self._hidden = {}
+        for size in set(shape.chunks):
+            self._stream.compile(size)
+            y_AD = model.abstract((batch_size * size * top_k + 1, hidden), "float32")
+            self._hidden[size] = model.program(
+                layer_programs.prompt_hidden,
+                model.abstract_routed(batch_size, size),
+                y_AD,
+                model.ends,
+                lengths_B,
+                hidden_BD,
+                layer=0,
+            )
+        self._first_tokens = model.program(
+            layer_programs.first_tokens,
+            model.ends,
+            hidden_BD,
+            lengths_B,
+            seen_BV,
+            *self._sampling,
+            layer=0,
+            kind=shape.kind,
+        )
+        loop.compile(self._caches, model.abstract((batch_size, 1), "int32"))
+        ends = [None] if batch_size == 1 else [None, loop.y_TKD]
+        self._last = [
+            model.program(
+                layer_programs.last_experts,
+                loop.blobs,
+                loop.group,
+                loop.routed,
+                y_TKD,
+                model.ends,
+                lengths_B,
+                active_B,
+                seen_BV,
+                *self._sampling,
+                layer=0,
+                kind=shape.kind,
+            )
+            for y_TKD in ends
+        ]
+
+    def _warm_up(self) -> None:
+        """Runs the programs once, with experts of zeros: backends finish a program then.
+
+        What that leaves in the KV cache is overwritten before it is read.
+        """
+        model, batch_size = self._model, self._shape.batch_size
+        blanks = BlankExperts(model)
+        lengths_B = model.put(np.ones(batch_size, np.int32))
+        hidden_BD = self._empty_hidden()
+        for size in set(self._shape.chunks):
+            tokens_BL = model.put(np.zeros((batch_size, size), np.int32))
+            start_B = model.put(np.zeros(batch_size, np.int32))
+            valid_BL = model.put(np.ones((batch_size, size), bool))
+            routed, y_AD = self._stream.run(
+                blanks, self._caches, tokens_BL, start_B, valid_BL, every_bucket=True
+            )
+            hidden_BD = self._hidden[size](routed, y_AD, model.ends, lengths_B, hidden_BD)
+        seen_BV = None
+        if self._shape.kind.penalized:
+            seen_BV = model.put(np.zeros((batch_size, model.config.vocab_size), bool))
+        token_ids_B, seen_BV = self._first_tokens(
+            model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
+        )
+        state = DecodeState(KVCache(tuple(self._caches)), lengths_B, token_ids_B, seen_BV)
+        state, token_ids_B = self._step(blanks, state, model.put(np.ones(batch_size, bool)))
+        token_ids_B.block_until_ready()
+        self._caches = list(state.cache.layers)
+        self._stream.forget()
+
+    def prefill(
+        self, padded_BL: np.ndarray, lengths_B: jax.Array, seen_BV: jax.Array | None
+    ) -> tuple[DecodeState, jax.Array]:
+        model = self._model
+        self._started = model.experts.counts()
+        lengths = np.asarray(lengths_B)
+        hidden_BD, caches, start = self._empty_hidden(), self._caches, 0
+        for size in self._shape.chunks:
+            valid_BL = start + np.arange(size) < lengths[:, None]
+            routed, y_AD = self._stream.run(
+                model.experts,
+                caches,
+                model.put(padded_BL[:, start : start + size]),
+                model.put(np.full(len(lengths), start, np.int32)),
+                model.put(valid_BL),
+            )
+            last_B = model.put((lengths - 1 - start).astype(np.int32))
+            hidden_BD = self._hidden[size](routed, y_AD, model.ends, last_B, hidden_BD)
+            self._record_prompt(valid_BL)
+            start += size
+        token_ids_B, seen_BV = self._first_tokens(
+            model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
+        )
+        del self._caches
+        token_ids_B.block_until_ready()
+        self._prefilled = model.experts.counts()
+        cache = KVCache(tuple(caches))
+        return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
+
+    def _record_prompt(self, valid_BL: np.ndarray) -> None:
+        if self._recorder is not None:
+            chosen_TLK = self._stream.chosen_LTK.swapaxes(0, 1)
+            chosen_BLLK = chosen_TLK.reshape(*valid_BL.shape, *chosen_TLK.shape[1:])
+            for sequence, chosen, valid_L in zip(
+                self._recorded, chosen_BLLK, valid_BL, strict=True
+            ):
+                self._recorder.add_prompt(chosen[valid_L], sequence)
+
+    def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+        result = self._step(self._model.experts, state, active_B)
+        choices_LNTW = np.stack(self._loop.choices)
+        chosen_LTK = choices_LNTW[:, 0, :, : self._model.config.router.top_k]
+        predicted_LNTW = choices_LNTW[:, 1:]
+        self._recall.add(chosen_LTK, predicted_LNTW)
+        if self._recorder is not None:
+            for t, sequence in enumerate(self._recorded):
+                if chosen_LTK[0, t, 0] >= 0:
+                    self._recorder.add_decode(chosen_LTK[:, t], predicted_LNTW[:, :, t], sequence)
+        return result
+
+    def _step(
+        self, experts: Supply, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array]:
+        model = self._model
+        caches = list(state.cache.layers)
+
+        def finish(blobs, group, routed, y_TKD):
+            return self._last[y_TKD is not None](
+                blobs,
+                group,
+                routed,
+                y_TKD,
+                model.ends,
+                state.lengths_B,
+                active_B,
+                state.seen_BV,
+                *self._sampling,
+            )
+
+        token_ids_B, lengths_B, seen_BV = self._loop.run(
+            experts, caches, state.token_ids_B[:, None], state.lengths_B, active_B[:, None], finish
+        )
+        state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
+        return state, token_ids_B
+
+    def residency(self) -> ResidencyStats:
+        model = self._model
+        cache = model.experts.cache
+        return ResidencyStats(
+            prefill=self._prefilled - self._started,
+            decode=model.experts.counts() - self._prefilled,
+            recall=self._recall.rates(),
+            num_slots=cache.num_places - cache.num_staging,
+            num_staging=cache.num_staging,
+            peak_places=model.experts.peak_places,
+            expert_bytes=model.layout.num_bytes,
+            peak_device_bytes=self._peak_bytes(),
+        )
+
+    def _peak_bytes(self) -> int:
+        """What the device reports; else what is held, and the programs' own temporaries."""
+        model, shape = self._model, self._shape
+        reported = device_memory(model.device).peak_bytes
+        if reported is not None:
+            return reported
+        experts_bytes = model.experts.peak_places * model.layout.num_bytes
+        kv_bytes = kv_cache.cache_bytes(model.config, shape.batch_size, shape.capacity, model.dtype)
+        return model.parameter_bytes + experts_bytes + kv_bytes + self._workspace_bytes()
+
+    def _workspace_bytes(self) -> int:
+        """Temporaries of the largest program, and what is handed from one to the next."""
+        model, tokens = self._model, self._shape.batch_size * max(self._shape.chunks)
+        hidden, item_bytes = model.config.hidden_size, jnp.dtype(model.dtype).itemsize
+        outputs = (tokens * model.config.router.top_k + 1) * hidden * 4
+        return model.programs.temporary_bytes + outputs + 2 * 2 * tokens * hidden * item_bytes
+
+    def close(self) -> None:
+        self._model.experts.settle()
+
+    def _empty_hidden(self) -> jax.Array:
+        model = self._model
+        shape = (self._shape.batch_size, model.config.hidden_size)
+        return model.put(np.zeros(shape, jnp.dtype(model.dtype)))
+
+
+class BlankExperts:
+    """Stands for a model's experts while its programs are run for the first time: all zeros."""
+
+    def __init__(self, model: ExpertModel):
+        self.timeline: Timeline | None = None
+        self._blob = model.zeros(model.abstract_blob())
+
+    def need(self, layer: int, experts: Sequence[int]) -> None:
+        pass
+
+    def predict(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+        pass
+
+    def pass_layer(self, layer: int) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
+        return [self._blob] * len(experts)
+
+    def stream(
+        self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
+    ) -> Iterator[tuple[int, jax.Array]]:
+        return ((expert, self._blob) for expert in experts)

@@ -1,0 +1,192 @@
+"""Which engine runs a model on this machine, in which memory, and with which kernels."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jmoe.config import ModelConfig
+from jmoe.engines.memory import check_fits
+from jmoe.engines.offload import OffloadEngine
+from jmoe.engines.resident import ResidentEngine
+from jmoe.loading.options import LoadOptions
+from jmoe.native import library
+from jmoe.native.choice import HostKernels, uncovered
+from jmoe.planning import sizes
+from jmoe.planning.memory import available_host_bytes, device_memory
+from jmoe.planning.plan import Plan, make_plan
+from jmoe.planning.traces import TraceRecorder
+from jmoe.quant.layout import ExpertLayout
+from jmoe.quant.spec import PRESETS, QuantSpec
+from jmoe.residency.link import DeviceLink, Link, ThrottledLink
+from jmoe.store.expert_store import ExpertStore
+
+Engine = ResidentEngine | OffloadEngine
+
+# Positions that a plan is made for if nobody says how many; each batch then has its own plan.
+DEFAULT_CONTEXT = 1024
+
+
+class Setup(NamedTuple):
+    """How a model will run: decided from its configuration, before any weight is read.
+
+    Attributes:
+      config: the model.
+      dtype: of activations, KV cache and plain parameters.
+      quant: formats of the parameters; of experts that are offloaded there always are some.
+      device: where it runs.
+      plan: where the bytes go.
+      options: what was asked for.
+    """
+
+    config: ModelConfig
+    dtype: str
+    quant: QuantSpec | None
+    device: jax.Device
+    plan: Plan
+    options: LoadOptions
+
+    @property
+    def is_offload(self) -> bool:
+        return self.plan.policy.mode == "offload"
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether weights in a mapped file need no memory of their own."""
+        return self.device.platform == "cpu" or self.is_offload
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return parameter_bytes(self.config, self.dtype, self.quant)
+
+    def check_size(self) -> None:
+        """Raises CapacityError if the weights do not fit into memory.
+
+        What goes to a device beside host memory is the plan's business.
+        """
+        host = jax.local_devices(backend="cpu")[0]
+        where = host if self.is_offload else self.device
+        check_fits(
+            self.num_bytes,
+            where,
+            what=f"the model in {self.dtype if self.quant is None else self.quant}",
+            do="use fewer bits (--quant=attn4-experts4), or a machine with more memory",
+        )
+
+    def build(
+        self, parameters: Iterable[np.ndarray | jax.Array], store: ExpertStore | None = None
+    ) -> tuple[Engine, tuple[str, ...]]:
+        """Makes the engine; returns it and what was decided on the way, a sentence each."""
+        host, notes = self._host_kernels()
+        reasons = tuple(f"plan: {reason}" for reason in self.plan.reasons)
+        if not self.is_offload:
+            engine = ResidentEngine(
+                self.config, parameters, self.dtype, self.device, self.quant, host
+            )
+            return engine, (*notes, *(reasons if self.options.budget_bytes else ()))
+        assert self.quant is not None
+        link = self._link(self.quant)
+        engine = OffloadEngine(
+            self.config,
+            parameters,
+            self.dtype,
+            self.device,
+            self.quant,
+            host,
+            plan=self.plan,
+            link=link,
+            replan=self.replan,
+            store=store,
+            timeline=self.options.timeline,
+        )
+        if self.options.record_routing:
+            router = self.config.router
+            engine.recorder = TraceRecorder(
+                self.config.num_hidden_layers, router.num_experts, router.top_k
+            )
+        return engine, (*notes, *reasons)
+
+    def replan(self, batch_size: int, num_positions: int) -> Plan:
+        """The plan for another batch (CapacityError)."""
+        policy = self.options.requested_policy
+        return make_plan(
+            self.config,
+            self.dtype,
+            self.quant,
+            batch_size=batch_size,
+            num_positions=num_positions,
+            requested="offload" if isinstance(policy, str) else policy,
+            budget_bytes=self.plan.budget_bytes,
+            platform=self.device.platform,
+        )
+
+    def _link(self, quant: QuantSpec) -> Link:
+        config, options = self.config, self.options
+        layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
+        link: Link = DeviceLink(self.device, layout.dtype)
+        if options.link_gb_per_s is not None:
+            latency_s = options.link_latency_us * 1e-6
+            link = ThrottledLink(link, options.link_gb_per_s * 1e9, latency_s)
+        return link
+
+    def _host_kernels(self) -> tuple[HostKernels | None, tuple[str, ...]]:
+        """The kernels that a CPU computes with, and a note about them."""
+        options = self.options
+        if self.device.platform != "cpu":
+            return None, ()
+        status = library.status()
+        if not (options.host_kernels and status.available):
+            off = "host kernels: switched off; the CPU computes through XLA, more slowly"
+            return None, (status.reason if options.host_kernels else off,)
+        host, note = options.kernel_options, status.reason
+        if self.quant is not None and self.quant.is_quantized:
+            note += f"; activations in {host.activation_bits} bits"
+            if others := uncovered(self.quant.formats):
+                note += f"; none for {', '.join(map(str, others))}, which XLA computes"
+        return host, (note,)
+
+
+def decide(
+    config: ModelConfig, quant: QuantSpec | None, options: LoadOptions, device: jax.Device
+) -> Setup:
+    """Decides how a model runs (ConfigError, CapacityError, RequestError)."""
+    requested = options.requested_policy
+    if requested == "host" or getattr(requested, "mode", None) == "host":
+        device = jax.local_devices(backend="cpu")[0]
+    dtype = _choose_dtype(options.dtype, config, device, quant)
+    if options.record_routing and requested in ("auto", "resident"):
+        requested = "offload"  # whose host knows what the routers choose
+    limit, in_use, _ = device_memory(device)
+    plan = make_plan(
+        config,
+        dtype,
+        quant,
+        batch_size=1,
+        num_positions=min(options.context or DEFAULT_CONTEXT, config.max_position_embeddings),
+        requested=requested,
+        budget_bytes=options.budget_bytes,
+        platform=device.platform,
+        free_bytes=None if limit is None else limit - (in_use or 0),
+    )
+    if plan.policy.mode == "offload" and quant is None:
+        quant = PRESETS["f32" if dtype == "float32" else "bf16"]
+    return Setup(config, dtype, quant, device, plan, options)
+
+
+def parameter_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None = None) -> int:
+    """Size of a model's weights."""
+    return sizes.total(sizes.weight_sizes(config, dtype, quant)).num_bytes
+
+
+def _choose_dtype(
+    dtype: str, config: ModelConfig, device: jax.Device, quant: QuantSpec | None
+) -> str:
+    if dtype != "auto":
+        return dtype
+    if device.platform != "cpu":
+        return "bfloat16"
+    # On a CPU float32 is exact and no slower, if there is room.
+    fits = parameter_bytes(config, "float32", quant) < 0.8 * available_host_bytes()
+    return "float32" if fits or quant is not None else "bfloat16"

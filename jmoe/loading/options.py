@@ -1,0 +1,94 @@
+"""How to load a model: what can be asked for, and whether it makes sense."""
+
+import dataclasses
+from typing import Literal
+
+from jmoe.errors import ConfigError, RequestError
+from jmoe.native.choice import DEFAULT_ACTIVATION_BITS, HostKernels
+from jmoe.planning.policy import Mode, Policy, read_request
+from jmoe.quant.solver import Method, check_method
+from jmoe.quant.spec import QuantSpec, parse_spec
+from jmoe.residency.timeline import Timeline
+from jmoe.store.host_memory import check_choice
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load a model: the arguments of ``jmoe.load``, which explains them.
+
+    Raises RequestError or ConfigError if they are unusable or contradict each other.
+    """
+
+    dtype: str = "auto"
+    quant: str | None = None
+    method: Method = "hqq"
+    host_memory: str = "auto"
+    random_weights: bool = False
+    num_layers: int | None = None
+    seed: int = 0
+    host_kernels: bool = True
+    activation_bits: int | None = None
+    threads: int = 0
+    revision: str | None = None
+    progress: bool = False
+    policy: str | Policy = "auto"
+    device_memory_gib: float | None = None
+    context: int | None = None
+    record_routing: bool = False
+    timeline: Timeline | None = None
+    link_gb_per_s: float | None = None
+    link_latency_us: float = 0.0
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(
+                "unknown dtype", got=repr(self.dtype), expected="auto, float32 or bfloat16"
+            )
+        check_choice(self.host_memory)
+        _ = self.spec  # which raises
+        check_method(self.method)
+        if self.activation_bits is not None and not self.host_kernels:
+            raise RequestError(
+                "activations in few bits are for the host kernels, which are switched off",
+                got=self.activation_bits,
+            )
+        _ = self.kernel_options  # which raises
+        _ = self.requested_policy  # which raises
+        _require_positive(self.device_memory_gib, "the budget of device memory, in GiB,")
+        _require_positive(self.link_gb_per_s, "the speed of the link, in GB/s,")
+        _require_positive(self.context, "the number of positions to plan for")
+        if self.num_layers is not None and not self.random_weights:
+            raise RequestError(
+                "num_layers changes the shape of a model, and goes with random weights only",
+                got=self.num_layers,
+                do="add --random_weights, or leave --num_layers out",
+            )
+
+    @property
+    def kernel_options(self) -> HostKernels:
+        """What ``activation_bits`` and ``threads`` say."""
+        bits = self.activation_bits or DEFAULT_ACTIVATION_BITS
+        return HostKernels(activation_bits=bits, num_threads=self.threads)  # type: ignore[arg-type]
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        """What ``quant`` says."""
+        return None if self.quant is None else parse_spec(self.quant)
+
+    @property
+    def requested_policy(self) -> Mode | Literal["auto"] | Policy:
+        """What ``policy`` says: a mode, or the policy in a file."""
+        return read_request(self.policy) if isinstance(self.policy, str) else self.policy
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Of device memory."""
+        gib = self.device_memory_gib
+        return None if gib is None else int(gib * 2**30)
+
+
+def _require_positive(value: float | None, what: str) -> None:
+    if value is not None and not value > 0:
+        raise RequestError(f"{what} must be positive", got=value)

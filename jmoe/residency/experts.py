@@ -1,0 +1,294 @@
+"""The experts of a model as an engine sees them: it names some, and gets arrays on the device.
+
+Joins the bookkeeping (cache), the thread that copies (prefetch) and the arrays. An expert's array
+exists as long as the cache has an entry for it: so never more of them than there are places.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jmoe.errors import JmoeError
+from jmoe.metrics import Traffic
+from jmoe.residency.cache import SlotCache
+from jmoe.residency.entries import CacheCounters, ExpertKey, Load
+from jmoe.residency.link import Link, LinkCounters
+from jmoe.residency.prefetch import Fetcher, Transfer
+from jmoe.residency.timeline import Timeline
+
+# Copies that are started before the first of them has arrived.
+MAX_IN_FLIGHT = 2
+
+
+class DeviceExperts:
+    """Experts on a device, and those that are on their way there.
+
+    One thread may use it. After an error of a copy, or Ctrl-C, it can be used on.
+
+    Attributes:
+      cache: which experts hold places.
+      peak_places: most places that held an expert so far.
+      timeline: where copies and waits are entered, if anywhere.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        read_blob: Callable[[ExpertKey], np.ndarray],
+        cache: SlotCache,
+        timeline: Timeline | None = None,
+    ):
+        """Args:
+        link: closed together with this.
+        read_blob: the bytes of an expert: uint8 [num_bytes]; called on another thread.
+        cache: empty.
+        timeline: for copies and waits.
+        """
+        self.cache = cache
+        self.peak_places = 0
+        self.timeline = timeline
+        self._link = link
+        self._arrivals = _Arrivals(timeline)
+        self._fetcher = Fetcher(
+            link, read_blob, max_in_flight=MAX_IN_FLIGHT, on_transfer=self._arrivals.note
+        )
+        self._arrays: dict[ExpertKey, jax.Array] = {}
+
+    # Decode: need, predict, take, release for each layer.
+
+    def need(self, layer: int, experts: Sequence[int]) -> None:
+        """Says that these experts are needed now: missing ones start to be copied.
+
+        Pins them until ``release``. No program that uses other experts may be under way.
+        """
+        loads = self.cache.use(layer, experts, self._fetcher.in_flight)
+        for load in loads:
+            self._drop(load)
+        self._note_peak()
+        absent = [
+            key
+            for key in (ExpertKey(layer, expert) for expert in experts)
+            if key not in self._arrays
+        ]
+        self._arrivals.await_all(absent)
+        if absent:
+            self._fetcher.demand(absent)
+
+    def predict(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Copies experts that may be needed soon, as far as there is room, the likeliest first.
+
+        Args:
+          predictions: layers, and experts of each.
+        """
+        busy = None
+        for layer, experts in predictions:
+            for expert in experts:
+                key = ExpertKey(layer, expert)
+                busy = self._fetcher.in_flight if busy is None else busy
+                load = self.cache.speculate(key, busy)
+                if load is not None:
+                    self._drop(load)
+                    if not self._fetcher.prefetch([key]):
+                        self.cache.forget(key)
+        self._note_peak()
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
+        """The arrays of experts that were needed, in this order; waits for them.
+
+        Raises:
+          TransferError: a copy failed. The expert has to be needed again.
+          CapacityError: the device had no memory for one.
+        """
+        arrays = []
+        for expert in experts:
+            key = ExpertKey(layer, expert)
+            array = self._arrays.get(key)
+            if array is None:
+                array = self._wait(key)
+            arrays.append(array)
+        return arrays
+
+    def pass_layer(self, layer: int) -> None:
+        """Says that a layer's experts are known: copies predicted wrongly and not begun are off."""
+        for key in self.cache.pass_layer(layer):
+            waits = key not in self._arrays and not self._fetcher.poll_ready(key)
+            if waits and key not in self._fetcher.in_flight and self._fetcher.cancel(key):
+                self.cache.forget(key)
+
+    def release(self) -> None:
+        """Ends the need of all experts: they may be evicted when others are needed."""
+        self.cache.unpin()
+
+    # Prefill: a layer at a time.
+
+    def stream(
+        self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
+    ) -> Iterator[tuple[int, jax.Array]]:
+        """Hands out the arrays of many experts of a layer, one after another.
+
+        Those that are here come first and are not moved; the others come through staging while
+        the caller computes with those before.
+
+        Args:
+          layer: of all of them.
+          experts: distinct.
+          wanted: those to keep afterwards, best first: they get slots as they come.
+          fence: waits until no program is under way; called before an array is dropped.
+        """
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        here = [key for key in keys if self.cache.pin_key(key)]
+        missing = [key for key in keys if key not in self.cache]
+        try:
+            missing = self._start(missing, lambda: None)
+            for key in here:
+                yield key.expert, self._get(key)
+                self.cache.unpin_key(key)
+            fence()
+            for gone in self.cache.warm(layer, wanted, self._fetcher.in_flight):
+                self._forget_array(gone)
+            started = [key for key in keys if key not in here and key in self.cache]
+            while started:
+                key = started.pop(0)
+                yield key.expert, self._get(key)
+                self.cache.unpin_key(key)
+                if key.expert in wanted:
+                    self.cache.adopt(key)
+                rest = self._start(missing, fence)
+                started += missing[: len(missing) - len(rest)]
+                missing = rest
+            assert not missing
+        finally:
+            self.release()
+
+    def _start(self, missing: list[ExpertKey], fence: Callable[[], None]) -> list[ExpertKey]:
+        """Starts copies while there is room; returns those that have to wait."""
+        fenced = False
+        for i, key in enumerate(missing):
+            load = self.cache.stream(key, self._fetcher.in_flight)
+            if load is None:
+                return missing[i:]
+            if load.evicted and not fenced:
+                fence()
+                fenced = True
+            self._drop(load)
+            self._fetcher.demand([key])
+        self._note_peak()
+        return []
+
+    # Both.
+
+    def resize(self, slots: Sequence[int] | int, num_staging: int) -> None:
+        """Changes the number of places, between batches."""
+        self.settle()
+        for key in self.cache.resize(slots, num_staging):
+            self._forget_array(key)
+
+    def settle(self) -> None:
+        """Ends a batch, however it ended: nothing is pinned, queued or under way afterwards."""
+        self.cache.unpin()
+        self._fetcher.drain()
+        for key in self.cache.keys():  # noqa: SIM118  (a copy)
+            if key not in self._arrays:
+                self.cache.forget(key)
+
+    def counts(self) -> "Counts":
+        """Counters so far; the difference of two is a ``Traffic``."""
+        arrivals = self._arrivals
+        arrivals.settle()
+        return Counts(
+            self.cache.counters.snapshot(), self._link.counters.snapshot(), arrivals.stalled_s
+        )
+
+    def close(self) -> None:
+        """Stops the thread and drops all arrays; may be called again."""
+        self._fetcher.close()
+        self._arrays.clear()
+
+    def _get(self, key: ExpertKey) -> jax.Array:
+        array = self._arrays.get(key)
+        return self._wait(key) if array is None else array
+
+    def _wait(self, key: ExpertKey) -> jax.Array:
+        start = time.perf_counter()
+        try:
+            array = self._fetcher.wait(key)
+        except JmoeError:
+            self.cache.forget(key)
+            raise
+        if self.timeline is not None:
+            self.timeline.span(
+                "host", f"wait for {key.layer}.{key.expert}", start, time.perf_counter()
+            )
+        self._arrays[key] = array
+        return array
+
+    def _drop(self, load: Load) -> None:
+        for key in load.evicted:
+            self._forget_array(key)
+
+    def _forget_array(self, key: ExpertKey) -> None:
+        if self._arrays.pop(key, None) is None:
+            self._fetcher.cancel(key)
+
+    def _note_peak(self) -> None:
+        self.peak_places = max(self.peak_places, len(self.cache))
+
+
+class Counts:
+    """Counters of the cache and the link, and time stalled, at one moment."""
+
+    def __init__(self, cache: CacheCounters, link: LinkCounters, stalled_s: float):
+        self._cache, self._link, self._stalled_s = cache, link, stalled_s
+
+    def __sub__(self, earlier: "Counts") -> Traffic:
+        cache, link = self._cache - earlier._cache, self._link - earlier._link
+        return Traffic(
+            hits=cache.hits,
+            demand_loads=cache.misses,
+            prefetches=cache.speculated,
+            useful_prefetches=cache.useful,
+            useless_prefetches=cache.useless,
+            copies=link.copies,
+            copied_bytes=link.bytes,
+            link_busy_s=link.busy_s,
+            stalled_s=self._stalled_s - earlier._stalled_s,
+        )
+
+
+class _Arrivals:
+    """Adds up the time between asking for experts and the arrival of the last of them.
+
+    Until then the device has nothing to do: the host asks when the layer's router has ended. The
+    fetcher's thread notes arrivals; it must not refer to the fetcher.
+    """
+
+    def __init__(self, timeline: Timeline | None):
+        self.stalled_s = 0.0
+        self._timeline = timeline
+        self._awaited: frozenset[ExpertKey] = frozenset()
+        self._since = self._last = 0.0
+
+    def await_all(self, keys: Sequence[ExpertKey]) -> None:
+        self.settle()
+        self._since = self._last = time.perf_counter()
+        self._awaited = frozenset(keys)
+
+    def note(self, transfer: Transfer) -> None:
+        """On the fetcher's thread."""
+        if transfer.key in self._awaited:
+            self._last = max(self._last, transfer.finished_s)
+        if self._timeline is not None:
+            self._timeline.span(
+                "link",
+                f"{transfer.kind} {transfer.key.layer}.{transfer.key.expert}",
+                transfer.started_s,
+                transfer.finished_s,
+                bytes=transfer.num_bytes,
+            )
+
+    def settle(self) -> None:
+        """Enters what was awaited last, which has arrived by now."""
+        self.stalled_s += self._last - self._since
+        self._awaited, self._since = frozenset(), self._last
