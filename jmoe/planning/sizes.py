@@ -170,25 +170,26 @@ class OffloadWorkspace:
     """Temporaries of a generation that works layer by layer and expert by expert, in bytes.
 
     Attributes:
-      attention: scores in float32 and probabilities in dtype, of one chunk of a prompt.
-      expert: one expert on the rows that are routed to it: a tile of a matrix in dtype; gate, up
-        and their product in float32; the rows, in dtype and as a result in float32.
-      hidden_states: of a chunk, in dtype and in float32, and normalised in dtype.
-      outputs: of all experts by assignment, in float32, before and after one is added.
+      attention: scores in float32 and probabilities in dtype, of one chunk of a prompt; or its
+        projections, with a tile of a matrix in dtype.
+      expert: one expert on the rows that are routed to it: a tile of a matrix in dtype; gate and
+        up in float32; the rows, as they come and reordered in dtype, and as a result in float32.
+      routed: state of a layer between router and experts, of a chunk, in dtype.
+      outputs: of all experts by assignment, in float32.
       logits: of a decode step, in float32, and three copies of them to sample from.
     """
 
     attention: int
     expert: int
-    hidden_states: int
+    routed: int
     outputs: int
     logits: int
 
     @property
     def num_bytes(self) -> int:
-        """Held at one time: attention and experts take turns, and so do prompt and decode."""
-        layer = max(self.attention, self.expert + self.outputs)
-        return max(layer + self.hidden_states, self.logits)
+        """Held at one time: attention, which makes a new state, and experts take turns."""
+        layer = max(self.attention + self.routed, self.expert)
+        return max(layer + self.routed + self.outputs, self.logits)
 
 
 def offload_workspace(
@@ -196,15 +197,17 @@ def offload_workspace(
 ) -> OffloadWorkspace:
     """Estimates the temporaries with prompts in chunks of so many tokens.
 
-    The chunk decides: in a decode step a sequence has one token.
+    The chunk decides: a decode step has one token per sequence.
     """
     item_bytes = jnp.dtype(dtype).itemsize
     num_tokens = batch_size * max(prompt_chunks(num_positions, chunk))
+    token_bytes = num_tokens * config.hidden_size
+    scores = _score_bytes(config, item_bytes, num_tokens, num_positions)
     return OffloadWorkspace(
-        attention=_score_bytes(config, item_bytes, num_tokens, num_positions),
+        attention=max(scores, _projection_bytes(config, item_bytes, num_tokens)),
         expert=_one_expert_bytes(config, item_bytes, num_tokens),
-        hidden_states=num_tokens * config.hidden_size * (2 * item_bytes + 4),
-        outputs=2 * num_tokens * config.router.top_k * config.hidden_size * 4,
+        routed=2 * token_bytes * item_bytes,
+        outputs=token_bytes * config.router.top_k * 4,
         logits=_logits_bytes(config, batch_size),
     )
 
@@ -215,12 +218,19 @@ def _score_bytes(config: ModelConfig, item_bytes: int, num_tokens: int, num_posi
     return num_tokens * config.num_attention_heads * num_keys * (4 + item_bytes)
 
 
+def _projection_bytes(config: ModelConfig, item_bytes: int, num_tokens: int) -> int:
+    """Queries, keys and values in float32, what they are made of, and a tile of a matrix."""
+    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    tile_bytes = min(ACCELERATOR_TILE_BYTES, hidden * width * item_bytes)
+    return tile_bytes + 4 * num_tokens * max(hidden, width) * 4
+
+
 def _one_expert_bytes(config: ModelConfig, item_bytes: int, num_tokens: int) -> int:
     """One expert on as many rows as it can get: those of all tokens, in the next power of two."""
     hidden, width = config.hidden_size, config.intermediate_size
     num_rows = 1 << (num_tokens - 1).bit_length()
     tile_bytes = min(ACCELERATOR_TILE_BYTES, hidden * width * item_bytes)
-    return tile_bytes + 3 * num_rows * width * 4 + num_rows * hidden * (item_bytes + 4)
+    return tile_bytes + num_rows * (2 * width * 4 + hidden * (2 * item_bytes + 4))
 
 
 def _logits_bytes(config: ModelConfig, batch_size: int) -> int:

@@ -210,13 +210,43 @@ def test_the_workspace_of_offloading_by_hand():
     shape = {"batch_size": 1, "num_positions": 1000}
     workspace = sizes.offload_workspace(config, "bfloat16", **shape, chunk=128)
     tokens, hidden, width, top_k = 128, 4096, 14336, 2
-    assert workspace.attention == tokens * 32 * 1024 * (4 + 2)
-    rows = 3 * tokens * width * 4 + tokens * hidden * (2 + 4)
-    assert workspace.expert == 32 * 2**20 + rows
-    assert workspace.outputs == 2 * tokens * top_k * hidden * 4
-    assert workspace.hidden_states == tokens * hidden * (2 + 2 + 4)
-    largest = workspace.expert + workspace.outputs + workspace.hidden_states
-    assert workspace.num_bytes == max(largest, workspace.attention + workspace.hidden_states)
+    assert workspace.attention == 32 * 2**20 + 4 * tokens * hidden * 4
+    assert workspace.expert == 32 * 2**20 + tokens * (2 * width * 4 + hidden * (2 + 2 + 4))
+    assert workspace.routed == 2 * tokens * hidden * 2
+    assert workspace.outputs == tokens * top_k * hidden * 4
+    assert workspace.num_bytes == workspace.expert + workspace.routed + workspace.outputs
+    longer = sizes.offload_workspace(config, "bfloat16", **shape, chunk=512)
+    assert longer.attention == 512 * 32 * 1024 * (4 + 2)  # scores
+    assert longer.num_bytes == longer.attention + 2 * longer.routed + longer.outputs
+
+
+# Most that the programs of a chunk of a prompt hold beside weights, cache and experts, with
+# attn4-experts4, as XLA 0.12.0 plans for an H100: batch, positions, chunk, dtype, MiB.
+XLA_OFFLOAD_MIB = [
+    (1, 1024, 16, "bfloat16", 35.0),
+    (1, 1024, 64, "bfloat16", 46.0),
+    (1, 1024, 512, "bfloat16", 128.0),
+    (1, 8192, 128, "bfloat16", 200.0),
+    (1, 8192, 512, "bfloat16", 800.0),
+    (8, 1024, 64, "bfloat16", 128.0),
+    (1, 1024, 64, "float32", 49.0),
+    (1, 1024, 256, "float32", 92.0),
+    (1, 1024, 512, "float32", 176.0),
+]
+
+
+@pytest.mark.parametrize(("batch_size", "num_positions", "chunk", "dtype", "mib"), XLA_OFFLOAD_MIB)
+def test_the_workspace_of_offloading_is_near_what_xla_plans(
+    batch_size: int, num_positions: int, chunk: int, dtype: str, mib: float
+):
+    workspace = sizes.offload_workspace(
+        known_config("mixtral-8x7b"),
+        dtype,
+        batch_size=batch_size,
+        num_positions=num_positions,
+        chunk=chunk,
+    )
+    assert workspace.num_bytes / 2**20 == pytest.approx(mib, rel=0.07)
 
 
 def test_the_workspace_of_offloading_grows_with_the_chunk():
