@@ -18,9 +18,6 @@ constexpr int64_t kKeysAhead = 2048;
 // Head dimensions at a time, in pairs of vectors, that values are added up in.
 constexpr int value_pairs(int num_queries) { return (kAccumulators < 16 ? 4 : 8) / num_queries; }
 
-template <FloatType kType>
-constexpr int64_t kItemBytes = kType == FloatType::kBFloat16 ? 2 : 4;
-
 // The first n < kPair columns of a row; the others are zero.
 template <FloatType kType>
 inline void load_some_weights(const char* p, int64_t n, Floats& first, Floats& second) {

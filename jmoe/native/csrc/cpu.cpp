@@ -50,6 +50,14 @@ const std::vector<const Kernels*>& supported() {
   return found;
 }
 
+// The kernels of an instruction set, or null if there are none here.
+const Kernels* find(const char* name) {
+  for (const Kernels* kernels : supported()) {
+    if (std::strcmp(kernels->name, name) == 0) return kernels;
+  }
+  return nullptr;
+}
+
 std::atomic<const Kernels*>& chosen() {
   static std::atomic<const Kernels*> kernels{supported().front()};
   return kernels;
@@ -79,20 +87,12 @@ JMOE_EXPORT const char* jmoe_isas() {
 JMOE_EXPORT const char* jmoe_isa() { return jmoe::kernels().name; }
 
 JMOE_EXPORT int jmoe_set_isa(const char* name) {
-  for (const jmoe::Kernels* kernels : jmoe::supported()) {
-    if (std::strcmp(kernels->name, name) == 0) {
-      jmoe::chosen().store(kernels, std::memory_order_relaxed);
-      return 0;
-    }
-  }
-  return 1;
+  const jmoe::Kernels* found = jmoe::find(name);
+  if (found == nullptr) return 1;
+  jmoe::chosen().store(found, std::memory_order_relaxed);
+  return 0;
 }
 
 // The table, a const jmoe::Kernels*, of an instruction set that jmoe_isas() names, else null: for tests of kernels
 // without XLA (tests/native/guards.cpp).
-JMOE_EXPORT const void* jmoe_kernels_of(const char* isa) {
-  for (const jmoe::Kernels* kernels : jmoe::supported()) {
-    if (std::strcmp(kernels->name, isa) == 0) return kernels;
-  }
-  return nullptr;
-}
+JMOE_EXPORT const void* jmoe_kernels_of(const char* isa) { return jmoe::find(isa); }

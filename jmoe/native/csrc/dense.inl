@@ -20,6 +20,9 @@ constexpr int64_t kDenseScratch = kMostRows * kChunk;
 // Rows of x in one step.
 constexpr int kMostTokens = kAccumulators < 8 ? 2 : kAccumulators < 20 ? 4 : 5;
 
+template <FloatType kType>
+constexpr int64_t kItemBytes = kType == FloatType::kBFloat16 ? 2 : 4;
+
 // Rows of the weights in one step.
 constexpr int rows_of_step(int num_tokens) {
   const int most = num_tokens <= 3 ? 8 : 4;
@@ -81,7 +84,7 @@ inline void multiply_step(const char* const (&w)[kRows], int64_t offset, const f
 template <FloatType kType, int kRows, int kTokens>
 inline void multiply_rows(const char* const (&w)[kRows], const float* x, int64_t num_columns, float* const (&y)[kRows],
                           int64_t y_stride, bool add_to, int64_t ahead) {
-  constexpr int64_t kItem = kType == FloatType::kBFloat16 ? 2 : 4;
+  constexpr int64_t kItem = kItemBytes<kType>;
   for (int64_t c0 = 0; c0 < num_columns; c0 += kChunk) {
     Floats acc[kRows][kTokens];
     for (int r = 0; r < kRows; ++r) {
@@ -168,7 +171,7 @@ inline void arrange_groups(const float* const* x, int64_t first_column, int64_t 
 template <FloatType kType, int kTokens>
 inline void multiply_block(const DenseView& w, int64_t first_row, int64_t num_rows, const float* const* x,
                            int64_t num_tokens, float* y, int64_t y_stride) {
-  constexpr int64_t kItem = kType == FloatType::kBFloat16 ? 2 : 4;
+  constexpr int64_t kItem = kItemBytes<kType>;
   constexpr int kRows = rows_of_step(kTokens);
   alignas(64) float arranged[kDenseScratch];
   const Groups<kTokens> groups(num_tokens);
@@ -211,7 +214,7 @@ inline void typed_dense_product(const DenseView& w, int64_t first_row, int64_t n
     const int64_t num_tokens = selection.num_rows * (block + 1) / num_blocks - first;
     const float* rows[kMostRows];
     for (int64_t i = 0; i < num_tokens; ++i) {
-      rows[i] = x + (selection.index == nullptr ? first + i : selection.index[first + i]) * x_stride;
+      rows[i] = x + selection.row_of_x(first + i) * x_stride;
     }
     const int64_t num_groups = (num_tokens + kMostTokens - 1) / kMostTokens;
     const int64_t group_size = (num_tokens + num_groups - 1) / num_groups;

@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <new>
 #include <string>
+#include <utility>
 
 #include "export.h"
 #include "parallel.h"
@@ -14,7 +17,7 @@ namespace jmoe {
 
 namespace ffi = xla::ffi;
 
-// Thrown by checks; JMOE_HANDLER turns it into ffi::Error.
+// Thrown by checks; guarded() turns it into ffi::Error.
 struct InvalidCall {
   std::string message;
 };

@@ -28,7 +28,7 @@ const uint8_t* part(const uint8_t* blobs, int64_t blob_bytes, int64_t offset, in
 MatrixView matrix_in_blob(const int64_t* layout, int64_t rows, int64_t columns, const uint8_t* blobs,
                           int64_t blob_bytes, ffi::DataType type) {
   const int64_t bits = layout[0], num_nested = layout[3];
-  const int64_t *offsets = layout + 4;
+  const int64_t* offsets = layout + 4;
   MatrixView matrix{};
   if (bits == 0) {
     require(type == ffi::DataType::BF16 || type == ffi::DataType::F32, "plain experts are not floats");
@@ -39,24 +39,18 @@ MatrixView matrix_in_blob(const int64_t* layout, int64_t rows, int64_t columns, 
     return matrix;
   }
   require(type == ffi::DataType::U8, "blobs of few bits are not uint8");
-  const MatrixFormat format = check_format(bits, layout[1], layout[2], num_nested > 0, columns);
-  const int64_t groups = columns / format.group_size;
-  const int64_t item = num_nested > 0 ? 1 : 2;
-  require(num_nested >= 0 && (num_nested == 0 || groups % num_nested == 0), "nested does not divide the groups");
-  const auto at = [&](int which, int64_t num_bytes, int64_t alignment, const char* name) {
-    return part(blobs, blob_bytes, offsets[which], num_bytes, alignment, name);
+  const QuantFormat format = check_format(bits, layout[1], layout[2], num_nested != 0, columns);
+  check_num_nested(format, num_nested);
+  const auto at = [&](int which, int64_t items_of_row, ffi::DataType item, const char* name) {
+    const int64_t size = static_cast<int64_t>(ffi::ByteWidth(item));
+    return part(blobs, blob_bytes, offsets[which], rows * items_of_row * size, size, name);
   };
-  matrix.quant = {rows, columns, format.bits, format.group_size,
-                  at(0, rows * (columns * bits / 8), 1, "codes"), nullptr, nullptr, nullptr,
-                  static_cast<int32_t>(num_nested),
-                  num_nested > 0 ? static_cast<int32_t>(groups / num_nested) : 0};
-  matrix.quant.scales = at(1, rows * groups * item, item, "scales");
-  if (!layout[2]) matrix.quant.zeros = at(2, rows * groups * item, item, "zeros");
-  if (num_nested > 0) {
-    const int64_t width = layout[2] ? 2 : 4;
-    matrix.quant.nested =
-        reinterpret_cast<const float*>(at(3, rows * num_nested * width * 4, 4, "nested"));
-  }
+  QuantArrays arrays{};
+  arrays.codes = at(0, format.code_bytes(), ffi::DataType::U8, "codes");
+  arrays.scales = at(1, format.num_groups(), format.parameter_type(), "scales");
+  if (!format.symmetric) arrays.zeros = at(2, format.num_groups(), format.parameter_type(), "zeros");
+  if (format.nested) arrays.nested = at(3, num_nested * format.nested_width(), ffi::DataType::F32, "nested");
+  matrix.quant = quant_view(format, rows, num_nested, arrays);
   return matrix;
 }
 

@@ -30,37 +30,36 @@ MatrixView matrix_of(ffi::RemainingArgs args, const Format& format, int64_t colu
     if (values.dimensions()[1] != columns) fail("the matrix has the wrong number of columns: " + describe(values));
     matrix.dense = {values.dimensions()[0], columns, float_view(values, "the matrix")};
   } else {
-    const MatrixFormat checked =
+    const QuantFormat checked =
         check_format(format.bits, format.group_size, format.symmetric, format.nested, columns);
     const ffi::AnyBuffer codes = take("codes");
     require_type(codes, ffi::DataType::U8, "codes");
     require_rank(codes, 2, "codes");
     const int64_t rows = codes.dimensions()[0];
-    require_shape(codes, {rows, columns * format.bits / 8}, "codes");
-    const int64_t groups = columns / format.group_size;
+    require_shape(codes, {rows, checked.code_bytes()}, "codes");
     const auto parameter = [&](const char* name) {
       const ffi::AnyBuffer buffer = take(name);
-      require_type(buffer, format.nested ? ffi::DataType::U8 : ffi::DataType::BF16, name);
-      require_shape(buffer, {rows, groups}, name);
-      require_aligned(buffer.untyped_data(), format.nested ? 1 : 2, name);
+      require_type(buffer, checked.parameter_type(), name);
+      require_shape(buffer, {rows, checked.num_groups()}, name);
+      require_aligned(buffer.untyped_data(), ffi::ByteWidth(checked.parameter_type()), name);
       return buffer.untyped_data();
     };
-    matrix.quant = {rows, columns, checked.bits, checked.group_size, codes.typed_data<uint8_t>(), nullptr, nullptr,
-                    nullptr, 0, 0};
-    matrix.quant.scales = parameter("scales");
-    if (!format.symmetric) matrix.quant.zeros = parameter("zeros");
-    if (format.nested) {
+    QuantArrays arrays{};
+    arrays.codes = codes.untyped_data();
+    arrays.scales = parameter("scales");
+    if (!checked.symmetric) arrays.zeros = parameter("zeros");
+    int64_t num_nested = 0;
+    if (checked.nested) {
       const ffi::AnyBuffer nested = take("nested");
       require_type(nested, ffi::DataType::F32, "nested");
       require_rank(nested, 3, "nested");
-      const int64_t num_nested = nested.dimensions()[1];
-      require_shape(nested, {rows, num_nested, format.symmetric ? 2 : 4}, "nested");
+      num_nested = nested.dimensions()[1];
+      require_shape(nested, {rows, num_nested, checked.nested_width()}, "nested");
       require_aligned(nested.untyped_data(), 4, "nested");
-      require(num_nested > 0 && groups % num_nested == 0, "nested does not divide the groups");
-      matrix.quant.nested = nested.typed_data<float>();
-      matrix.quant.num_nested = static_cast<int32_t>(num_nested);
-      matrix.quant.nested_size = static_cast<int32_t>(groups / num_nested);
+      arrays.nested = nested.untyped_data();
     }
+    check_num_nested(checked, num_nested);
+    matrix.quant = quant_view(checked, rows, num_nested, arrays);
   }
   require(next == args.size() + 1, "there are more arrays than the format has");
   return matrix;

@@ -18,9 +18,15 @@ struct Selection {
   int64_t num_rows;
   float* y;
   int64_t stride;
+
+  // Of x, for row i of y; beyond the last row that one's once more.
+  JMOE_INLINE int64_t row_of_x(int64_t i) const {
+    const int64_t place = i < num_rows ? i : num_rows - 1;
+    return index != nullptr ? index[place] : place;
+  }
 };
 
-constexpr int64_t kMaxKeys = 256;       // of an AttentionTask
+constexpr int64_t kMaxKeys = 256;      // of an AttentionTask
 constexpr int64_t kMaxHeadDim = 1024;  // the same
 
 // One query head group of one sequence against a run of keys: see attention.inl.
@@ -34,9 +40,9 @@ struct AttentionTask {
   const int64_t* first_key;  // of each query: keys in [first_key, end_key) count, within [0, num_keys)
   const int64_t* end_key;
   int64_t num_keys;
-  float* out;      // [num_queries, head_dim]: sum of exp(score - max) * v
-  float* max;      // [num_queries]: -infinity if a query saw no key
-  float* total;    // [num_queries]: sum of exp(score - max)
+  float* out;    // [num_queries, head_dim]: sum of exp(score - max) * v
+  float* max;    // [num_queries]: -infinity if a query saw no key
+  float* total;  // [num_queries]: sum of exp(score - max)
 };
 
 struct Kernels {
@@ -64,7 +70,7 @@ struct Kernels {
   uint64_t (*read_bytes)(const void* data, int64_t n);
 };
 
-// The best that this build has and this processor supports, or what set_isa chose.
+// The best that this build has and this processor supports, or what jmoe_set_isa chose.
 const Kernels& kernels();
 
 }  // namespace jmoe

@@ -349,7 +349,7 @@ JMOE_INLINE void stream_plane(const uint8_t* row, int64_t byte, int64_t end, con
                               const int8_t* const (&x)[kTokens], const Floats (&scales)[kTokens],
                               Floats (&total)[kTokens]) {
   while (byte < end) {
-    prefetch_2(row + byte + kAhead2);
+    prefetch_far(row + byte + kAhead2);
     prefetch(row + byte + kAhead1);
     const Ints codes = in_register(load_codes(row, byte, end));
     Ints acc[kTokens][kPlanes];
@@ -382,8 +382,7 @@ inline void stream_row(const QuantView& w, const GroupsOfLanes& low, const Group
   Floats total[kTokens];
   Floats offset[kTokens];
   JMOE_UNROLL for (int t = 0; t < kTokens; ++t) {
-    const int64_t i = first_token + t < selection.num_rows ? first_token + t : selection.num_rows - 1;
-    const int64_t token = selection.index != nullptr ? selection.index[i] : i;
+    const int64_t token = selection.row_of_x(first_token + t);
     fields[t] = x.bytes + token * x.row_bytes + x.field_offset;
     high_fields[t] = fields[t] + field_bytes(2, w.columns, kPlanes);
     x_scales[t] = x.scales + token * x.floats_stride;
@@ -465,6 +464,12 @@ struct Tile {
   alignas(64) float scales[kMaxTileGroups][2][kFloats];
   alignas(64) float offsets[kMaxTileGroups][2][kFloats];  // scale * zero point
 };
+
+// One for all forms of a product: each that had its own would cost every thread its memory, used or not.
+inline Tile& tile_of_thread() {
+  static thread_local Tile tile;
+  return tile;
+}
 
 template <int kPlaneBits, int kField, bool kMore>
 inline void store_fields(const Ints (&lanes)[kFloats], int64_t byte, int64_t end_byte, int64_t group_bytes,
@@ -597,11 +602,10 @@ inline void multiply_block(const Tile& tile, int64_t first_column, int64_t num_c
   Floats y[kTokens][2];
   float rows[2][kFloats] = {};
   for (int t = 0; t < kTokens; ++t) {
-    const int64_t i = first_token + t < selection.num_rows ? first_token + t : selection.num_rows - 1;
-    token[t] = selection.index != nullptr ? selection.index[i] : i;
+    token[t] = selection.row_of_x(first_token + t);
     y[t][0] = y[t][1] = zero();
-    if (first_column > 0) {
-      std::memcpy(rows, selection.y + i * selection.stride, num_rows * sizeof(float));
+    if (first_column > 0 && first_token + t < selection.num_rows) {
+      std::memcpy(rows, selection.y + (first_token + t) * selection.stride, num_rows * sizeof(float));
       y[t][0] = load(rows[0]);
       y[t][1] = load(rows[1]);
     }
@@ -617,7 +621,7 @@ inline void multiply_block(const Tile& tile, int64_t first_column, int64_t num_c
 template <int kBits, int kPlanes>
 inline void tiled(const QuantView& w, int64_t first_row, int64_t num_rows, const QuantRows& x,
                   const Selection& selection) {
-  static thread_local Tile tile;
+  Tile& tile = tile_of_thread();
   constexpr int kTokens = kSums / kPlanes > 0 ? kSums / kPlanes : 1;
   constexpr int kFewer = kTokens > 4 ? 4 : kTokens > 1 ? kTokens - 1 : 1;
   const int64_t columns_at_once = kTileColumns / w.group_size * w.group_size;

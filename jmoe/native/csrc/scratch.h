@@ -1,4 +1,5 @@
-// Memory that a thread keeps from call to call: kernels ask for it in every part of their work.
+// Memory to work in. A buffer keeps what it has, so that every part of a call can ask for it and only the first one
+// allocates; who makes the buffer decides for how long.
 #pragma once
 
 #include <cstddef>

@@ -220,9 +220,7 @@ inline Ints in_register(Ints a) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-// Not into the first cache: for what is needed later.
+// Into the second cache, and not into the first: for what is needed later.
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-// Into the second cache only.
-inline void prefetch_2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace jmoe::JMOE_ISA

@@ -262,9 +262,7 @@ inline void transpose(Ints (&row)[kFloats]) {
 inline Ints in_register(Ints a) { return a; }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
-// Not into the first cache: for what is needed later.
+// Into the second cache, and not into the first: for what is needed later.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Into the second cache only.
-inline void prefetch_2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace jmoe::JMOE_ISA

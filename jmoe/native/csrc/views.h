@@ -1,5 +1,5 @@
 // What kernels read: matrices in few bits or in a float type, as jmoe/quant lays them out. Pointers are checked by
-// those who make a view (ffi.cpp), never here.
+// those who make a view (ffi_*.cpp), never here.
 #pragma once
 
 #include <cstdint>
