@@ -16,7 +16,8 @@ from jmoe.models import kv_cache
 from jmoe.planning import sizes
 from jmoe.planning.chunks import MAX_CHUNK, MIN_CHUNK, longest_chunk
 from jmoe.planning.need import MemoryNeed
-from jmoe.planning.policy import MAX_IN_FLIGHT, Policy, least_staging
+from jmoe.planning.policy import Policy, least_staging
+from jmoe.residency.experts import MAX_IN_FLIGHT
 
 # Of what is left for workspace and slots, the workspace of a longer chunk may take this part.
 WORKSPACE_SHARE = 1 / 4

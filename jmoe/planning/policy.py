@@ -14,6 +14,7 @@ from jmoe.config import ModelConfig
 from jmoe.errors import ConfigError, RequestError
 from jmoe.planning.chunks import MAX_CHUNK, MIN_CHUNK
 from jmoe.residency.eviction import EVICTIONS
+from jmoe.residency.experts import MAX_IN_FLIGHT
 from jmoe.store.json_files import read_json_object
 from jmoe.store.safetensors_writer import write_file
 
@@ -21,9 +22,6 @@ Mode = Literal["resident", "offload", "host"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 VERSION = 1
-
-# Copies under way at once: each needs a place that no program reads.
-MAX_IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

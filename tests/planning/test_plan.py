@@ -13,8 +13,9 @@ from jmoe.planning import sizes
 from jmoe.planning.chunks import MAX_CHUNK, MIN_CHUNK
 from jmoe.planning.need import MemoryNeed
 from jmoe.planning.plan import Plan, make_plan
-from jmoe.planning.policy import MAX_IN_FLIGHT, Policy
+from jmoe.planning.policy import Policy
 from jmoe.quant.spec import PRESETS
+from jmoe.residency.experts import MAX_IN_FLIGHT
 from tests.models.configs import small_config
 from tests.planning.test_sizes import known_config, quantizable_config
 

@@ -8,6 +8,7 @@ import pytest
 
 from jmoe.errors import ConfigError, RequestError
 from jmoe.planning.policy import MODES, Policy, read_request
+from jmoe.residency.eviction import EVICTIONS
 from tests.models.configs import small_config
 
 POLICIES = [
@@ -74,7 +75,7 @@ def test_a_file_has_a_line_for_each_field(tmp_path: Path):
         ({"slots": "all"}, ["slots", '"all"']),
         ({"num_staging": -1}, ["num_staging", "whole number"]),
         ({"num_staging": "4"}, ["num_staging"]),
-        ({"eviction": "fifo"}, ["eviction", "lru, lfu, random"]),
+        ({"eviction": "fifo"}, ["eviction", ", ".join(EVICTIONS)]),
         ({"eviction": 3}, ["eviction"]),
         ({"lookahead": 1.0}, ["lookahead"]),
         ({"fetch": False}, ["fetch"]),
