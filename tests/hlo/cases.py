@@ -7,6 +7,7 @@ a little more.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jmoe.config import ModelConfig
+from jmoe.engines import layer_programs
+from jmoe.engines.layer_programs import LayerStatic, Routed
 from jmoe.engines.programs import DecodeState, decode_step, prefill_chunk
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.models import families
@@ -121,6 +124,69 @@ def prefill(
         quant=quant,
         form=choose_form(num_positions, config, "gpu"),
     )
+
+
+def next_layer(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
+    """A layer's experts, and the next layer up to its router, in the loop of the offload engine."""
+    static, blob, routed, layer = _layer(quant, batch_size, 1)
+    is_single = batch_size == 1
+    top_k = static.config.router.top_k
+    group_G = None if is_single else shape((top_k,), jnp.int32)
+    args = (
+        (blob,) * top_k,
+        group_G,
+        routed,
+        None,
+        layer,
+        (layer,),
+        _layer_cache(static.config, batch_size),
+        shape((batch_size,), jnp.int32),
+        shape((batch_size, 1), jnp.bool_),
+    )
+    return layer_programs.next_layer.lower(*h100.abstract(args), static=static)
+
+
+def expert_rows(quant: QuantSpec, num_rows: int) -> jax.stages.Lowered:
+    """One expert on those tokens of a chunk of a prompt that chose it."""
+    static, blob, routed, _ = _layer(quant, 1, MANY)
+    num_assignments = MANY * static.config.router.top_k
+    y_AD = shape((num_assignments + 1, static.config.hidden_size), jnp.float32)
+    args = (blob, shape((num_rows,), jnp.int32), routed, y_AD)
+    return layer_programs.expert_rows.lower(*h100.abstract(args), static=static)
+
+
+def _layer(quant: QuantSpec, batch_size: int, num_positions: int):
+    """Shapes of a layer in the loop of the offload engine."""
+    config = mixtral_8x7b(1)
+    static = LayerStatic(
+        config=config,
+        dtype=DTYPE,
+        quant=quant,
+        host=None,
+        platform="gpu",
+        window=None,
+        num_predicted=config.router.top_k,
+    )
+    num_tokens, top_k, dtype = batch_size * num_positions, config.router.top_k, jnp.dtype(DTYPE)
+    routed = Routed(
+        x_BLD=shape((batch_size, num_positions, config.hidden_size), dtype),
+        normed_TD=shape((num_tokens, config.hidden_size), dtype),
+        weights_TK=shape((num_tokens, top_k), jnp.float32),
+        ids_TK=shape((num_tokens, top_k), jnp.int32),
+    )
+    parameters = abstract_parameters(config, DTYPE, quant)
+    layer = tuple(
+        parameter
+        for name, parameter in parameters.items()
+        if name.startswith("layers.") and not name.endswith(".blobs")
+    )
+    blob = shape((static.layout.num_items,), jnp.dtype(static.layout.dtype))
+    return static, blob, routed, layer
+
+
+def _layer_cache(config: ModelConfig, batch_size: int):
+    cache = jax.eval_shape(lambda: init_cache(config, batch_size, CACHE_CAPACITY, DTYPE))
+    return cache.layers[0]
 
 
 def _model(config: ModelConfig, quant: QuantSpec, batch_size: int):
@@ -250,4 +316,38 @@ def _programs() -> Iterator[tuple[str, Case]]:
         )
 
 
-CASES: dict[str, Case] = dict([*_experts(), *_products(), *_programs()])
+def _layer_programs() -> Iterator[tuple[str, Case]]:
+    """Of the offload engine: experts in arrays of their own are read in place."""
+    cache = jax.tree.leaves(_layer_cache(mixtral_8x7b(1), 1))
+    sequence_bytes = sum(2 * math.prod(leaf.shape) for leaf in cache)
+    # Two or three matrices' scales, decoded; those of int8, of two bytes each, twice.
+    limits = {
+        "int4": ({1: 5.0, 2: 13.0, 4: 17.5}, 2.5),
+        "int8": ({1: 12.0, 2: 17.5, 4: 34.0}, 4.5),
+        "bf16": ({1: 1.0, 2: 2.0, 4: 4.0}, 2.5),
+    }
+    for name, (temps_mib, float_mib) in limits.items():
+        for batch_size, temp_mib in temps_mib.items():
+            yield (
+                f"next_layer {name}, {batch_size} sequences",
+                Case(
+                    lower=functools.partial(next_layer, parse_spec(name), batch_size),
+                    temp_mib=temp_mib,
+                    float_mib=float_mib,
+                    codes_mib=2.0,
+                    donated_bytes=batch_size * sequence_bytes,
+                ),
+            )
+        for num_rows in (16, MANY):
+            yield (
+                f"expert_rows {name}, {num_rows} rows",
+                Case(
+                    lower=functools.partial(expert_rows, parse_spec(name), num_rows),
+                    temp_mib=45.0,
+                    float_mib=TILE_MIB,
+                    codes_mib=2.0,
+                ),
+            )
+
+
+CASES: dict[str, Case] = dict([*_experts(), *_products(), *_programs(), *_layer_programs()])
