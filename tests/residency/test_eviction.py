@@ -1,5 +1,6 @@
 """Rules of eviction: which expert goes."""
 
+import itertools
 import math
 import random
 
@@ -13,6 +14,7 @@ from jmoe.residency.eviction import (
     LRU,
     Belady,
     Eviction,
+    Likely,
     Random,
     StaticPopularity,
     make_eviction,
@@ -58,6 +60,40 @@ def test_a_decay_that_is_none_is_refused(decay: float):
         LFU(decay=decay)
 
 
+def test_likely_is_what_followed_the_experts_used_last():
+    rule = Likely()
+    for _ in range(50):
+        for keys in ([A], [B], [A], [C], [A], [B]):  # B comes after A twice as often as C
+            rule.touch(keys)
+    rule.touch([A])
+    assert rule.victim([B, C]) == C and rule.victim([A, B]) == A
+    assert rule.admits(B, C) and not rule.admits(C, B) and not rule.admits(C, C)
+    rule.touch([B])
+    assert rule.victim([A, C]) == C
+
+
+def test_likely_counts_by_definition():
+    rule, layer_uses = Likely(decay=0.9), []
+    generator = random.Random(0)
+    for _ in range(200):
+        layer_uses.append(generator.sample(range(3), generator.randint(1, 2)))
+        rule.touch([ExpertKey(0, expert) for expert in layer_uses[-1]])
+        rule.touch([ExpertKey(1, generator.randrange(3))])  # another layer
+
+    def likelihood(expert: int) -> float:
+        ages = [age for age, used in enumerate(reversed(layer_uses)) if expert in used]
+        share = sum(0.1 * 0.9**age for age in ages)
+        following = []
+        for last in layer_uses[-1]:
+            after = [uses for before, uses in itertools.pairwise(layer_uses) if last in before]
+            following.append(sum(expert in uses for uses in after) / (len(after) + 1))
+        return 0.5 * share + sum(following) / len(following)
+
+    expected = sorted((A, B, C), key=lambda key: likelihood(key.expert))
+    assert rule.victim([A, B, C]) == expected[0]
+    assert rule.victim(expected[1:]) == expected[1]
+
+
 def test_popularity_admits_what_is_more_popular():
     rule = StaticPopularity([[3, 1, 2]])
     assert rule.victim([A, B, C]) == B
@@ -101,6 +137,6 @@ def test_belady_is_the_optimum():
 
 
 def test_names_make_rules():
-    assert [type(make_eviction(name)) for name in EVICTIONS] == [LRU, LFU, Random]
-    with pytest.raises(RequestError, match="lru or lfu or random"):
+    assert [type(make_eviction(name)) for name in EVICTIONS] == [LRU, LFU, Likely, Random]
+    with pytest.raises(RequestError, match="lru or lfu or likely or random"):
         make_eviction("mru")

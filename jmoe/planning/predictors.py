@@ -1,0 +1,129 @@
+"""What could be predicted of a recorded run: from the ids alone, by its own routers, or perfectly.
+
+Every predictor gives one array, of the form that RoutingTrace.predictions has: what a layer is
+predicted to use, by the layers before it. Prediction from ids alone is the floor: what routers
+predict from the hidden state has to be better.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from jmoe.errors import RequestError
+from jmoe.planning.traces import RoutingTrace
+
+PredictorName = Literal["none", "oracle", "recorded", "popularity", "markov"]
+PREDICTORS: tuple[PredictorName, ...] = get_args(PredictorName)
+
+# Of the popularity of experts, in what follows a pair that was seen rarely.
+_PRIOR_TOKENS = 4
+
+
+def predict(
+    trace: RoutingTrace, name: str, lookahead: int, fetch: int, train: RoutingTrace | None = None
+) -> np.ndarray:
+    """Predictions for every token and layer of a trace.
+
+    Args:
+      trace: what is to be predicted.
+      name: "none"; "oracle", the truth; "recorded", what is in the trace; "popularity", the experts
+        that tokens of the layer use most; "markov", those that they use most after the two best
+        experts of the layer that predicts.
+      lookahead: number of distances, N.
+      fetch: experts for each token and layer, W; the oracle stops at top_k.
+      train: the trace to learn from, for popularity and markov; None is the trace itself.
+
+    Returns:
+      int16 [T, L, N, W], -1 for none. Nothing is predicted from one token to the next.
+
+    Raises:
+      RequestError: unknown name; or so many predictions are not recorded.
+    """
+    if name not in PREDICTORS:
+        raise RequestError(
+            "unknown predictor",
+            got=name,
+            expected=" or ".join(PREDICTORS),
+            do="choose one of these",
+        )
+    fetch = min(fetch, trace.num_experts)
+    ids = trace.decode_expert_ids
+    predictions = np.full((*ids.shape[:2], lookahead, fetch), -1, np.int16)
+    if name == "none" or predictions.size == 0:
+        return predictions
+    if name == "recorded":
+        return _recorded(trace, lookahead, fetch)
+    train = trace if train is None else train
+    _check_same_shape(trace, train)
+    popularity = train.popularity()
+    for d in range(lookahead):
+        for layer in range(d + 1, trace.num_layers):
+            if name == "oracle":
+                predictions[:, layer, d, : trace.top_k] = ids[:, layer, :fetch]
+            elif name == "popularity":
+                predictions[:, layer, d] = _best(popularity[layer], fetch)
+            else:
+                ranked = _best(_followers(train, layer - d - 1, layer, popularity[layer]), fetch)
+                predictions[:, layer, d] = ranked[_pairs(trace, layer - d - 1)]
+    return predictions
+
+
+def recall(trace: RoutingTrace, predictions: np.ndarray) -> np.ndarray:
+    """Share of the needed experts that were predicted: float64 [N, W], by number fetched.
+
+    Layers that a distance cannot reach are not counted; 0 if there are none.
+    """
+    num_distances, width = predictions.shape[2:]
+    rates = np.zeros((num_distances, width))
+    for d in range(num_distances):
+        needed = trace.decode_expert_ids[:, d + 1 :, None, :].astype(np.int16)
+        found = (predictions[:, d + 1 :, d, :, None] == needed).any(-1)
+        if needed.size:
+            rates[d] = np.cumsum(found.sum((0, 1))) / needed.size
+    return rates
+
+
+def _recorded(trace: RoutingTrace, lookahead: int, fetch: int) -> np.ndarray:
+    recorded = trace.predictions
+    if recorded is None:
+        raise RequestError(
+            "the trace has no predictions",
+            do="record it with prefetching, or use another predictor",
+        )
+    if recorded.shape[2] < lookahead or recorded.shape[3] < fetch:
+        raise RequestError(
+            "the trace has fewer predictions",
+            got=f"{lookahead} layers ahead, {fetch} experts",
+            expected=f"at most {recorded.shape[2]} layers, {recorded.shape[3]} experts",
+        )
+    return recorded[:, :, :lookahead, :fetch]
+
+
+def _check_same_shape(trace: RoutingTrace, train: RoutingTrace) -> None:
+    shapes = [(t.num_layers, t.num_experts, t.top_k) for t in (trace, train)]
+    if shapes[0] != shapes[1]:
+        raise RequestError(
+            "the trace to learn from is of another model",
+            got="{} layers of {} experts, top {}".format(*shapes[1]),
+            expected="{} layers of {} experts, top {}".format(*shapes[0]),
+        )
+
+
+def _pairs(trace: RoutingTrace, layer: int) -> np.ndarray:
+    """A number for the two best experts of a layer, in any order: [T]."""
+    best = np.sort(trace.decode_expert_ids[:, layer, :2].astype(np.int64), axis=-1)
+    return best[:, 0] * trace.num_experts + best[:, -1]
+
+
+def _followers(train: RoutingTrace, layer: int, target: int, popularity: np.ndarray) -> np.ndarray:
+    """How often each expert of a later layer is used after each pair: float64 [E * E, E]."""
+    num_experts = train.num_experts
+    flat = _pairs(train, layer)[:, None] * num_experts + train.decode_expert_ids[:, target]
+    counts = np.bincount(flat.reshape(-1), minlength=num_experts**3).astype(np.float64)
+    prior = _PRIOR_TOKENS * popularity / max(1, train.num_tokens)
+    return counts.reshape(-1, num_experts) + prior
+
+
+def _best(scores: np.ndarray, number: int) -> np.ndarray:
+    """The experts of the highest scores, best first; ties go to the lowest id."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :number]
