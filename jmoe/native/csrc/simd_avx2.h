@@ -65,15 +65,18 @@ inline Floats broadcast_some(float x, int64_t n) {
 }
 inline Floats load_some(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 inline void store_some(float* p, Floats x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+// Put together in registers: what was just written in pieces cannot be read as a whole at once.
 inline Floats load_u8_some(const uint8_t* p, int64_t n) {
-  uint8_t bytes[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
-  return load_u8(bytes);
+  uint64_t bytes = 0;
+  for (int64_t i = n - 1; i >= 0; --i) bytes = bytes << 8 | p[i];
+  return load_u8(reinterpret_cast<const uint8_t*>(&bytes));
 }
 inline Floats load_bf16_some(const uint16_t* p, int64_t n) {
-  uint16_t halves[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) halves[i] = p[i];
-  return load_bf16(halves);
+  uint64_t halves[2] = {};
+  for (int64_t i = n - 1; i >= 4; --i) halves[1] = halves[1] << 16 | p[i];
+  for (int64_t i = (n < 4 ? n : 4) - 1; i >= 0; --i) halves[0] = halves[0] << 16 | p[i];
+  const __m128i all = _mm_set_epi64x(static_cast<int64_t>(halves[1]), static_cast<int64_t>(halves[0]));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(all), 16));
 }
 // Of 2 * kFloats neighbours, those with even and those with odd places.
 inline void load_pairs_bf16(const uint16_t* p, Floats& even, Floats& odd) {
