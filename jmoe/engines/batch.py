@@ -21,7 +21,7 @@ from jmoe.generation.options import GenerationOptions
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models import kv_cache
-from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.planning.chunks import prompt_chunks
 
 
 class Engine(Protocol):
@@ -32,9 +32,8 @@ class Engine(Protocol):
     device: jax.Device
     programs: ProgramCache
 
-    @property
-    def max_chunk(self) -> int:
-        """Longest piece of a prompt."""
+    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+        """Longest piece in which prompts of such a batch are prefilled (CapacityError)."""
         ...
 
     def put(self, array: np.ndarray | np.generic) -> jax.Array: ...
@@ -101,7 +100,7 @@ class BatchRun:
         model, batch_size = self._model, len(self._prompts)
         lengths = zip(self._prompts, self.max_new_tokens, strict=True)
         num_positions = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
-        longest = min(longest_chunk(model.config, batch_size, num_positions), model.max_chunk)
+        longest = model.longest_chunk(batch_size, num_positions)
         chunks = prompt_chunks(max(map(len, self._prompts)), longest)
         return BatchShape(
             batch_size=batch_size,

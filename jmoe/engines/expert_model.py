@@ -52,6 +52,7 @@ class ExpertModel:
       lookahead: for how many later layers experts are predicted.
       num_predicted: experts per token that are predicted for each.
       programs: what has been compiled so far.
+      last_programs: what was asked for since somebody cleared it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ExpertModel:
         self.lookahead = policy.lookahead
         self.num_predicted = policy.fetch
         self.programs = ProgramCache(device)
+        self.last_programs: list[jax.stages.Compiled] = []
         self.host_layers: list[np.ndarray] = []
         ends: list[jax.Array] = []
         layers: list[list[jax.Array]] = [[] for _ in range(config.num_hidden_layers)]
@@ -128,7 +130,9 @@ class ExpertModel:
 
     def program(self, program: Any, *args: Any, layer: int, **static: Any) -> jax.stages.Compiled:
         """Compiles a program of layer_programs, for the attention of a layer if it has one."""
-        return self.programs.get(program, *args, static=self.static(layer), **static)
+        compiled = self.programs.get(program, *args, static=self.static(layer), **static)
+        self.last_programs.append(compiled)
+        return compiled
 
     @functools.cache  # noqa: B019  (as many entries as layers, as long as the model)
     def static(self, layer: int) -> LayerStatic:

@@ -1,6 +1,7 @@
 """The offload engine: experts in host memory, a cache of them on the device, moved ahead of use."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -30,8 +31,27 @@ from jmoe.residency.link import Link
 from jmoe.residency.timeline import Timeline
 from jmoe.store.expert_store import ExpertStore
 
-# Makes the plan for batches of so many sequences of so many positions (CapacityError).
-Replan = Callable[[int, int], Plan]
+
+class Replan(Protocol):
+    """Makes the plan for a batch of another size."""
+
+    def __call__(
+        self,
+        batch_size: int,
+        num_positions: int,
+        chunk: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Plan:
+        """Args:
+          batch_size: sequences.
+          num_positions: of each.
+          chunk: longest piece of a prompt, if that is decided.
+          workspace_bytes: what its programs take, if they are compiled.
+
+        Raises:
+          CapacityError: the batch does not fit into the budget.
+        """
+        ...
 
 
 class OffloadEngine(ExpertModel):
@@ -77,7 +97,8 @@ class OffloadEngine(ExpertModel):
         self.store = store or _store(self)
         self.host_layers.clear()  # which the store may move
         self._replan = replan
-        self._planned: tuple[int, int] | None = None
+        # As compiled, by batch.
+        self._plans: dict[BatchShape, Plan] = {}
         self._run: OffloadSteps | None = None
         slots = policy.slots
         assert slots is not None
@@ -95,9 +116,13 @@ class OffloadEngine(ExpertModel):
             link, lambda key: store.layer(key.layer)[key.expert], cache, timeline
         )
 
-    @property
-    def max_chunk(self) -> int:
-        return self.plan.policy.prefill_chunk
+    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+        """Longest piece in which prompts of such a batch are prefilled (CapacityError)."""
+        plan = self.plan
+        if self._replan is not None:
+            plan = self._replan(batch_size, num_positions)
+        longest = longest_chunk(self.config, batch_size, num_positions)
+        return min(longest, plan.policy.prefill_chunk)
 
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
         """Checks a batch, makes room for it, compiles what it needs, and prefills it.
@@ -118,14 +143,29 @@ class OffloadEngine(ExpertModel):
         if self._run is not None:
             self._run.close()
             self._run = None
-        sizes = shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
-        if self._replan is None or sizes == self._planned:
-            return
-        plan = self._replan(*sizes)
-        policy = plan.policy
+        if self._replan is not None:
+            self._adopt(self._plans.get(shape) or self._replan(*self._sizes(shape)))
+
+    def fit(self, shape: BatchShape, workspace_bytes: int) -> None:
+        """Plans a batch again when its programs are compiled, which says what they take.
+
+        Raises:
+          CapacityError: it does not fit into the budget.
+        """
+        if self._replan is not None and shape not in self._plans:
+            chunk = self.longest_chunk(*self._sizes(shape))
+            self._plans[shape] = self._replan(*self._sizes(shape), chunk, workspace_bytes)
+            self._adopt(self._plans[shape])
+
+    def _sizes(self, shape: BatchShape) -> tuple[int, int]:
+        return shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
+
+    def _adopt(self, plan: Plan) -> None:
+        policy, cache = plan.policy, self.experts.cache
         assert policy.slots is not None
-        self.experts.resize(policy.slots, policy.num_staging)
-        self.plan, self._planned = plan, sizes
+        if (policy.slots, policy.num_staging) != (cache.slots, cache.num_staging):
+            self.experts.resize(policy.slots, policy.num_staging)
+        self.plan = plan
 
     def steps(self, shape: BatchShape) -> OffloadSteps:
         self._run = OffloadSteps(self, shape, self.recorder, self.predictor)
@@ -139,7 +179,7 @@ class OffloadEngine(ExpertModel):
           TransferError: a copy to the device failed.
         """
         check_prompts([token_ids], self.config)
-        longest = min(longest_chunk(self.config, 1, len(token_ids)), self.max_chunk)
+        longest = self.longest_chunk(1, len(token_ids))
         chunks = prompt_chunks(len(token_ids), longest)
         caches = self._caches(1, sum(chunks))
         stream = PromptStream(self, 1, caches)

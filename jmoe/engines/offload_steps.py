@@ -1,6 +1,7 @@
 """A batch in the offload engine: prompts layer by layer, then the loop over layers per token."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jmoe.engines import layer_programs
 from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import ExpertModel, Supply
 from jmoe.engines.prediction import GatePredictor, Predictor, Recall
-from jmoe.engines.programs import DecodeState
+from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
 from jmoe.engines.steps import BatchShape, Sampling
 from jmoe.metrics import ResidencyStats
@@ -20,6 +21,9 @@ from jmoe.planning.memory import device_memory
 from jmoe.planning.traces import TraceRecorder
 from jmoe.residency.timeline import Timeline
 
+if TYPE_CHECKING:
+    from jmoe.engines.offload import OffloadEngine
+
 
 class OffloadSteps:
     """See ``steps.Steps``."""
@@ -28,7 +32,7 @@ class OffloadSteps:
 
     def __init__(
         self,
-        model: ExpertModel,
+        model: "OffloadEngine",
         shape: BatchShape,
         recorder: TraceRecorder | None = None,
         predictor: Predictor | None = None,
@@ -59,7 +63,10 @@ class OffloadSteps:
         self._caches = list(cache.layers)
         self._stream = PromptStream(model, shape.batch_size, self._caches)
         before = model.programs.num_compiled
+        model.last_programs.clear()
         self._compile(lengths_B, active_B)
+        self._workspace_bytes = self._find_workspace_bytes()
+        model.fit(shape, self._workspace_bytes)
         if model.programs.num_compiled > before:
             self._warm_up()
 
@@ -240,14 +247,15 @@ class OffloadSteps:
             return reported
         experts_bytes = model.experts.peak_places * model.layout.num_bytes
         kv_bytes = kv_cache.cache_bytes(model.config, shape.batch_size, shape.capacity, model.dtype)
-        return model.parameter_bytes + experts_bytes + kv_bytes + self._workspace_bytes()
+        return model.parameter_bytes + experts_bytes + kv_bytes + self._workspace_bytes
 
-    def _workspace_bytes(self) -> int:
+    def _find_workspace_bytes(self) -> int:
         """Temporaries of the largest program, and what is handed from one to the next."""
         model, tokens = self._model, self._shape.batch_size * max(self._shape.chunks)
         hidden, item_bytes = model.config.hidden_size, jnp.dtype(model.dtype).itemsize
         outputs = (tokens * model.config.router.top_k + 1) * hidden * 4
-        return model.programs.temporary_bytes + outputs + 2 * 2 * tokens * hidden * item_bytes
+        states = 2 * 2 * tokens * hidden * item_bytes
+        return max(map(temporary_bytes, model.last_programs)) + outputs + states
 
     def close(self) -> None:
         self._model.experts.settle()

@@ -197,6 +197,12 @@ def decode_step(
 CPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Memory that a program takes beside arguments and results, as XLA says; 0 if it does not."""
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
 class ProgramCache:
     """Compiles each program once per set of shapes and static arguments.
 
@@ -215,12 +221,6 @@ class ProgramCache:
     @property
     def num_compiled(self) -> int:
         return len(self._programs)
-
-    @property
-    def temporary_bytes(self) -> int:
-        """Largest memory that a program takes beside arguments and results, as XLA says."""
-        analyses = [program.memory_analysis() for program in self._programs.values()]
-        return max((a.temp_size_in_bytes for a in analyses if a is not None), default=0)
 
     def get(self, program: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
         """The compiled form of a program.

@@ -13,13 +13,15 @@ from jmoe.engines.resident_steps import ResidentSteps
 from jmoe.engines.steps import BatchShape
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
-from jmoe.planning.chunks import MAX_CHUNK, longest_chunk, prompt_chunks
+from jmoe.planning.chunks import longest_chunk, prompt_chunks
 
 
 class ResidentEngine(DeviceModel):
     """Runs batches of prompts, and scores texts."""
 
-    max_chunk = MAX_CHUNK
+    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+        """Longest piece in which prompts of such a batch are prefilled."""
+        return longest_chunk(self.config, batch_size, num_positions)
 
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
         """Checks a batch, reserves its KV cache, compiles what it needs, and prefills it.

@@ -1,5 +1,6 @@
 """Which engine runs a model on this machine, in which memory, and with which kernels."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jmoe.native.choice import HostKernels, uncovered
 from jmoe.planning import sizes
 from jmoe.planning.memory import available_host_bytes, device_memory
 from jmoe.planning.plan import Plan, make_plan
+from jmoe.planning.policy import Policy
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import PRESETS, QuantSpec
@@ -57,6 +59,11 @@ class Setup(NamedTuple):
         return self.device.platform == "cpu" or self.is_offload
 
     @property
+    def num_positions(self) -> int:
+        """That the plan is made for."""
+        return _num_positions(self.config, self.options)
+
+    @property
     def num_bytes(self) -> int:
         """Of all weights."""
         return parameter_bytes(self.config, self.dtype, self.quant)
@@ -80,7 +87,8 @@ class Setup(NamedTuple):
     ) -> tuple[Engine, tuple[str, ...]]:
         """Makes the engine; returns it and what was decided on the way, a sentence each."""
         host, notes = self._host_kernels()
-        reasons = tuple(f"plan: {reason}" for reason in self.plan.reasons)
+        what = f"plan for {self.num_positions:,} positions"
+        reasons = tuple(f"{what}: {reason}" for reason in self.plan.reasons)
         if not self.is_offload:
             engine = ResidentEngine(
                 self.config, parameters, self.dtype, self.device, self.quant, host
@@ -108,16 +116,26 @@ class Setup(NamedTuple):
             )
         return engine, (*notes, *reasons)
 
-    def replan(self, batch_size: int, num_positions: int) -> Plan:
-        """The plan for another batch (CapacityError)."""
+    def replan(
+        self,
+        batch_size: int,
+        num_positions: int,
+        chunk: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Plan:
+        """The plan for another batch (CapacityError); see ``engines.offload.Replan``."""
         policy = self.options.requested_policy
+        policy = Policy(mode="offload") if isinstance(policy, str) else policy
+        if chunk is not None:
+            policy = dataclasses.replace(policy, prefill_chunk=chunk)
         return make_plan(
             self.config,
             self.dtype,
             self.quant,
             batch_size=batch_size,
             num_positions=num_positions,
-            requested="offload" if isinstance(policy, str) else policy,
+            requested=policy,
+            workspace_bytes=workspace_bytes,
             budget_bytes=self.plan.budget_bytes,
             platform=self.device.platform,
         )
@@ -164,7 +182,7 @@ def decide(
         dtype,
         quant,
         batch_size=1,
-        num_positions=min(options.context or DEFAULT_CONTEXT, config.max_position_embeddings),
+        num_positions=_num_positions(config, options),
         requested=requested,
         budget_bytes=options.budget_bytes,
         platform=device.platform,
@@ -173,6 +191,10 @@ def decide(
     if plan.policy.mode == "offload" and quant is None:
         quant = PRESETS["f32" if dtype == "float32" else "bf16"]
     return Setup(config, dtype, quant, device, plan, options)
+
+
+def _num_positions(config: ModelConfig, options: LoadOptions) -> int:
+    return min(options.context or DEFAULT_CONTEXT, config.max_position_embeddings)
 
 
 def parameter_bytes(config: ModelConfig, dtype: str, quant: QuantSpec | None = None) -> int:

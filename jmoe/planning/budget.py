@@ -51,6 +51,7 @@ class Offloading:
       num_positions: of each, prompt and new tokens.
       need: the model's, of so many.
       policy: what is asked for; checked to be for a model of this shape.
+      workspace_bytes: what its chunk takes, if that is known; else it is estimated.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class Offloading:
     num_positions: int
     need: MemoryNeed
     policy: Policy
+    workspace_bytes: int | None = None
 
     def spend(self, budget_bytes: int | None) -> Spending:
         """Chooses what the policy leaves open so that all of a budget is used; None has no end.
@@ -160,6 +162,8 @@ class Offloading:
         return max(self.config.router.top_k, self._fetch * self._lookahead) + MAX_IN_FLIGHT
 
     def _workspace_bytes(self, chunk: int) -> int:
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
         return sizes.offload_workspace(
             self.config,
             self.dtype,
@@ -188,10 +192,11 @@ class Offloading:
     def _items(self, policy: Policy) -> tuple[Item, ...]:
         num_slots, each = policy.num_slots, format_bytes(self.need.blob_bytes)
         workspace_bytes = self._workspace_bytes(policy.prefill_chunk)
+        how = "estimated" if self.workspace_bytes is None else "as compiled"
         return (
             *weight_items(self.need, but="experts"),
             cache_item(self.need, self.batch_size, self.num_positions),
-            Item("workspace", workspace_bytes, f"estimated, chunks of {policy.prefill_chunk}"),
+            Item("workspace", workspace_bytes, f"{how}, chunks of {policy.prefill_chunk}"),
             Item(
                 "slots",
                 num_slots * self.need.blob_bytes,

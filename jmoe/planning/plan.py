@@ -89,6 +89,7 @@ def make_plan(
     budget_bytes: int | None = None,
     platform: str = "gpu",
     free_bytes: int | None = None,
+    workspace_bytes: int | None = None,
 ) -> Plan:
     """Decides how a model runs in a budget of device memory, and where its bytes go.
 
@@ -104,6 +105,8 @@ def make_plan(
         is SHARE_OF_FREE of what is free, if that is known.
       platform: of the device: "cpu", "gpu", "tpu".
       free_bytes: device memory that is free; None if the backend does not say. No plan uses more.
+      workspace_bytes: of a policy that names its chunk, once its programs are compiled; None
+        estimates it.
 
     Raises:
       CapacityError: that takes more than the budget. The text has the arithmetic, the smallest
@@ -136,7 +139,14 @@ def make_plan(
         return _resident(need, items, limit_bytes, reasons)
     if mode == "auto":
         reasons += (f"resident would take {format_bytes(need.total_bytes)}: offload",)
-    offloading = Offloading(config=config, dtype=dtype, need=need, policy=policy, **shape)
+    offloading = Offloading(
+        config=config,
+        dtype=dtype,
+        need=need,
+        policy=policy,
+        workspace_bytes=workspace_bytes,
+        **shape,
+    )
     spending = offloading.spend(limit_bytes)
     return Plan(
         policy=spending.policy,

@@ -106,8 +106,11 @@ class SlotCache(Places):
 
     def pin_key(self, key: ExpertKey) -> bool:
         """Pins an expert and counts a hit, if it is here. For prefill, like ``stream``."""
-        if key not in self._entries:
+        entry = self._entries.get(key)
+        if entry is None:
             return False
+        if entry.staged:
+            self._mark_used(entry)
         self._pinned.add(key)
         self.counters.hits += 1
         return True

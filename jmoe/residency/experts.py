@@ -207,8 +207,13 @@ class DeviceExperts:
         self._arrays.clear()
 
     def _get(self, key: ExpertKey) -> jax.Array:
+        """Of a stream: what the host waits is what the device waits, or less."""
         array = self._arrays.get(key)
-        return self._wait(key) if array is None else array
+        if array is None:
+            start = time.perf_counter()
+            array = self._wait(key)
+            self._arrivals.stalled_s += time.perf_counter() - start
+        return array
 
     def _wait(self, key: ExpertKey) -> jax.Array:
         start = time.perf_counter()
@@ -280,13 +285,7 @@ class _Arrivals:
         if transfer.key in self._awaited:
             self._last = max(self._last, transfer.finished_s)
         if self._timeline is not None:
-            self._timeline.span(
-                "link",
-                f"{transfer.kind} {transfer.key.layer}.{transfer.key.expert}",
-                transfer.started_s,
-                transfer.finished_s,
-                bytes=transfer.num_bytes,
-            )
+            self._timeline.transfer(transfer)
 
     def settle(self) -> None:
         """Enters what was awaited last, which has arrived by now."""
