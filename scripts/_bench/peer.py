@@ -7,13 +7,13 @@ the environment says otherwise.
 
 import importlib.metadata
 import os
-import time
 from typing import Any
 
 import numpy as np
 
 from _bench.ceiling import num_threads
 from _bench.settings import Subject
+from _bench.transformers_loop import restore_frequencies, run_model
 from jmoe.engines.memory import check_fits
 from jmoe.errors import RequestError
 from jmoe.models import families
@@ -68,8 +68,7 @@ class TransformersPeer:
                 config, dtype=getattr(torch, engine.dtype)
             )
         model.load_state_dict(_state_dict(engine), strict=True, assign=True)
-        # Its frequencies are no weights, and came out without values on the meta device.
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        restore_frequencies(model)
         self.model = model.eval()
         version = importlib.metadata.version("transformers")
         self.name = f"transformers {version} (experts: {model.config._experts_implementation})"
@@ -91,21 +90,7 @@ class TransformersPeer:
         """
         import torch
 
-        with torch.inference_mode():
-            started = time.perf_counter()
-            output = self.model(
-                input_ids=torch.from_numpy(prompts), use_cache=True, logits_to_keep=1
-            )
-            token_ids = output.logits[:, -1:].argmax(-1)
-            token_ids.tolist()
-            first_token_at = time.perf_counter()
-            for _ in range(new_tokens):
-                output = self.model(
-                    input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True
-                )
-                token_ids = output.logits[:, -1:].argmax(-1)
-                token_ids.tolist()
-            return first_token_at - started, time.perf_counter() - first_token_at
+        return run_model(self.model, torch.from_numpy(prompts), new_tokens)
 
 
 def _state_dict(engine: Any) -> dict[str, Any]:

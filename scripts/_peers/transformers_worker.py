@@ -1,8 +1,9 @@
-"""transformers in bfloat16 on random weights, driven by a bare loop as in _bench/peer.py."""
+"""transformers in bfloat16 on random weights, driven by the loop of bench.py's peer."""
 
 import os
-import time
 from typing import Any
+
+from _bench.transformers_loop import restore_frequencies, run_model
 
 from _peers.worker import Run, serve
 
@@ -28,8 +29,7 @@ class Transformers:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.to_empty(device="cpu")
-        # Its frequencies are no weights, and came out without values on the meta device.
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        restore_frequencies(model)
         pool = torch.randn(_POOL).to(torch.bfloat16)
         for name, parameter in model.named_parameters():
             _fill(parameter.data, pool, 1.0 if "embed_tokens" in name else None)
@@ -45,20 +45,7 @@ class Transformers:
         }
 
     def run(self, prompt: list[int], new_tokens: int) -> Run:
-        torch = self._torch
-        with torch.inference_mode():
-            started = time.perf_counter()
-            output = self._model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-            token_ids = output.logits[:, -1:].argmax(-1)
-            token_ids.tolist()
-            first_token_at = time.perf_counter()
-            for _ in range(new_tokens):
-                output = self._model(
-                    input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True
-                )
-                token_ids = output.logits[:, -1:].argmax(-1)
-                token_ids.tolist()
-            return Run(first_token_at - started, time.perf_counter() - first_token_at)
+        return Run(*run_model(self._model, self._torch.tensor([prompt]), new_tokens))
 
     def extra(self) -> dict[str, Any]:
         return {}
