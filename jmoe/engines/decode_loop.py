@@ -150,7 +150,7 @@ class DecodeLoop:
         layer: int,
         choices_NTW: np.ndarray,
         routed: layer_programs.Routed,
-    ) -> tuple[tuple[jax.Array, ...], np.ndarray | None, jax.Array | None]:
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, jax.Array | None]:
         """Gets the experts of a layer, and applies those that are too many for one program.
 
         Returns:
@@ -164,12 +164,14 @@ class DecodeLoop:
 
         used = sorted(set(choices_NTW[0].ravel().tolist()) - {-1})
         groups = [used[i : i + self._top_k] for i in range(0, len(used), self._top_k)]
+        # Before the experts: copies to a GPU come one after another.
+        groups_G = [self._put_group(ids) for ids in groups]
         fits = len(used) <= self._model.max_needed(layer)
         if fits:
             experts.need(layer, used)
             self._predict(experts, layer, choices_NTW)
         y_TKD = None
-        for i, ids in enumerate(groups):
+        for i, (ids, group_G) in enumerate(zip(groups, groups_G, strict=True)):
             is_last = i + 1 == len(groups)
             if not fits:
                 experts.need(layer, ids)
@@ -178,16 +180,19 @@ class DecodeLoop:
             arrays = experts.take(layer, ids)
             # A last group that is not full: any expert will do for the rest, as none.
             blobs = tuple(arrays + arrays[:1] * (self._top_k - len(ids)))
-            group = np.array(ids + [-1] * (self._top_k - len(ids)), np.int32)
             if is_last:
-                return blobs, group, y_TKD
+                return blobs, group_G, y_TKD
             if y_TKD is None:
                 y_TKD = self._model.zeros(self.y_TKD)
-            y_TKD = self._some(blobs, group, routed, y_TKD)
+            y_TKD = self._some(blobs, group_G, routed, y_TKD)
             if not fits:  # these experts are given up for the next group
                 y_TKD.block_until_ready()
                 experts.release()
         raise AssertionError("no sequence is active")
+
+    def _put_group(self, ids: list[int]) -> jax.Array:
+        """Ids of a group, filled up with -1."""
+        return self._model.put(np.array(ids + [-1] * (self._top_k - len(ids)), np.int32))
 
     def _predict(self, experts: Supply, layer: int, choices_NTW: np.ndarray) -> None:
         experts.pass_layer(layer)

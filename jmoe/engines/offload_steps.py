@@ -276,7 +276,11 @@ class BlankExperts:
     def need(self, layer: int, experts: Sequence[int]) -> None:
         pass
 
-    def predict(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+    def predict(
+        self,
+        predictions: Iterable[tuple[int, Sequence[int]]],
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         pass
 
     def pass_layer(self, layer: int) -> None:
@@ -290,5 +294,5 @@ class BlankExperts:
 
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
-    ) -> Iterator[tuple[int, jax.Array]]:
-        return ((expert, self._blob) for expert in experts)
+    ) -> Iterator[tuple[int, jax.Array, bool]]:
+        return ((expert, self._blob, True) for expert in experts)

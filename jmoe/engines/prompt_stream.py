@@ -118,10 +118,15 @@ class PromptStream:
 
         # Least used first: what is kept is what came last, and so the most recent.
         order = sorted(rows, key=lambda e: counts_E[e])
-        for i, (expert, blob) in enumerate(experts.stream(layer, order, wanted, fence)):
-            if i + 1 == len(order) and layer + 1 < model.num_layers and len(choices_NTW) > 1:
-                experts.predict([(layer + 1, by_votes(choices_NTW[1]))])
-            rows_R, apply = programs.padded(rows[expert])
+        # Before the experts: copies to a GPU come one after another.
+        work = {expert: programs.prepare(rows[expert]) for expert in order}
+        ahead = []
+        if layer + 1 < model.num_layers and len(choices_NTW) > 1:
+            ahead = [(layer + 1, by_votes(choices_NTW[1]))]
+        for expert, blob, all_started in experts.stream(layer, order, wanted, fence):
+            if all_started:
+                experts.predict(ahead, fence)
+            rows_R, apply = work[expert]
             y = apply(blob, rows_R, routed, y)
         fence()
         return y
@@ -134,6 +139,7 @@ class _ChunkPrograms:
         self, model: ExpertModel, batch_size: int, size: int, caches: Sequence[LayerCache]
     ):
         config = model.config
+        self._put = model.put
         routed = model.abstract_routed(batch_size, size)
         start_B = model.abstract((batch_size,), "int32")
         valid_BL = model.abstract((batch_size, size), "bool")
@@ -176,19 +182,20 @@ class _ChunkPrograms:
             for num_rows in row_buckets(batch_size * size)
         }
 
-    def padded(self, rows_R: np.ndarray) -> tuple[np.ndarray, jax.stages.Compiled]:
-        """Assignments of an expert filled up to a bucket, and the program for that."""
+    def prepare(self, rows_R: np.ndarray) -> tuple[jax.Array, jax.stages.Compiled]:
+        """Assignments of an expert filled up to a bucket, on the device; the program for that."""
         num_rows = bucket_rows(len(rows_R))
         padded_R = np.full(num_rows, self._num_assignments, np.int32)
         padded_R[: len(rows_R)] = rows_R
-        return padded_R, self._rows[num_rows]
+        return self._put(padded_R), self._rows[num_rows]
 
     def run_every_bucket(
         self, experts: Supply, routed: layer_programs.Routed, y_AD: jax.Array
     ) -> jax.Array:
         (blob,) = experts.take(0, [0])
         for num_rows, apply in self._rows.items():
-            y_AD = apply(blob, np.full(num_rows, self._num_assignments, np.int32), routed, y_AD)
+            rows_R = self._put(np.full(num_rows, self._num_assignments, np.int32))
+            y_AD = apply(blob, rows_R, routed, y_AD)
         return y_AD
 
 

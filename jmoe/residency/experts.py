@@ -76,11 +76,16 @@ class DeviceExperts:
         if absent:
             self._fetcher.demand(absent)
 
-    def predict(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+    def predict(
+        self,
+        predictions: Iterable[tuple[int, Sequence[int]]],
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         """Copies experts that may be needed soon, as far as there is room, the likeliest first.
 
         Args:
           predictions: layers, and experts of each.
+          fence: waits until no program is under way, if one may be.
         """
         busy = None
         for layer, experts in predictions:
@@ -89,6 +94,8 @@ class DeviceExperts:
                 busy = self._fetcher.in_flight if busy is None else busy
                 load = self.cache.speculate(key, busy)
                 if load is not None:
+                    if load.evicted and fence is not None:
+                        fence()
                     self._drop(load)
                     if not self._fetcher.prefetch([key]):
                         self.cache.forget(key)
@@ -125,7 +132,7 @@ class DeviceExperts:
 
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
-    ) -> Iterator[tuple[int, jax.Array]]:
+    ) -> Iterator[tuple[int, jax.Array, bool]]:
         """Hands out the arrays of many experts of a layer, one after another.
 
         Those that are here come first and are not moved; the others come through staging while
@@ -136,6 +143,9 @@ class DeviceExperts:
           experts: distinct.
           wanted: those to keep afterwards, best first: they get slots as they come.
           fence: waits until no program is under way; called before an array is dropped.
+
+        Yields:
+          An expert, its array, and whether the copies of all of them have been asked for.
         """
         keys = [ExpertKey(layer, expert) for expert in experts]
         here = [key for key in keys if self.cache.pin_key(key)]
@@ -143,15 +153,16 @@ class DeviceExperts:
         try:
             missing = self._start(missing, lambda: None)
             for key in here:
-                yield key.expert, self._get(key)
+                yield key.expert, self._get(key), not missing
                 self.cache.unpin_key(key)
             fence()
             for gone in self.cache.warm(layer, wanted, self._fetcher.in_flight):
                 self._forget_array(gone)
+            missing = self._start(missing, fence)  # in places of those that were here
             started = [key for key in keys if key not in here and key in self.cache]
             while started:
                 key = started.pop(0)
-                yield key.expert, self._get(key)
+                yield key.expert, self._get(key), not missing
                 self.cache.unpin_key(key)
                 if key.expert in wanted:
                     self.cache.adopt(key)
