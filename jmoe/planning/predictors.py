@@ -63,8 +63,12 @@ def predict(
             elif name == "popularity":
                 predictions[:, layer, d] = _best(popularity[layer], fetch)
             else:
-                ranked = _best(_followers(train, layer - d - 1, layer, popularity[layer]), fetch)
-                predictions[:, layer, d] = ranked[_pairs(trace, layer - d - 1)]
+                before = layer - d - 1
+                seen, counts = _followers(train, before, layer, popularity[layer])
+                pairs = _pairs(trace, before)
+                row = np.minimum(np.searchsorted(seen, pairs), len(seen) - 1)
+                row = np.where(seen[row] == pairs, row, -1)
+                predictions[:, layer, d] = _best(counts, fetch)[row]
     return predictions
 
 
@@ -115,13 +119,19 @@ def _pairs(trace: RoutingTrace, layer: int) -> np.ndarray:
     return best[:, 0] * trace.num_experts + best[:, -1]
 
 
-def _followers(train: RoutingTrace, layer: int, target: int, popularity: np.ndarray) -> np.ndarray:
-    """How often each expert of a later layer is used after each pair: float64 [E * E, E]."""
-    num_experts = train.num_experts
-    flat = _pairs(train, layer)[:, None] * num_experts + train.decode_expert_ids[:, target]
-    counts = np.bincount(flat.reshape(-1), minlength=num_experts**3).astype(np.float64)
+def _followers(
+    train: RoutingTrace, layer: int, target: int, popularity: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of a layer, ascending, and how often which expert of a later layer comes after.
+
+    float64 [pairs + 1, E]; the last row is for pairs that do not occur.
+    """
+    pairs = _pairs(train, layer)
+    seen, row = np.unique(np.append(pairs, -1), return_inverse=True)
+    flat = (row[:-1, None] - 1) * train.num_experts + train.decode_expert_ids[:, target]
+    counts = np.bincount(flat.reshape(-1), minlength=len(seen) * train.num_experts)
     prior = _PRIOR_TOKENS * popularity / max(1, train.num_tokens)
-    return counts.reshape(-1, num_experts) + prior
+    return seen[1:], counts.reshape(len(seen), train.num_experts) + prior
 
 
 def _best(scores: np.ndarray, number: int) -> np.ndarray:

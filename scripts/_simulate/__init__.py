@@ -1,0 +1,1 @@
+"""What simulate.py replays, prints and draws."""
