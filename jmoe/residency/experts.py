@@ -158,20 +158,26 @@ class DeviceExperts:
             fence()
             for gone in self.cache.warm(layer, wanted, self._fetcher.in_flight):
                 self._forget_array(gone)
+            for key in here:
+                self._keep(key, wanted)
             missing = self._start(missing, fence)  # in places of those that were here
             started = [key for key in keys if key not in here and key in self.cache]
             while started:
                 key = started.pop(0)
                 yield key.expert, self._get(key), not missing
                 self.cache.unpin_key(key)
-                if key.expert in wanted:
-                    self.cache.adopt(key)
+                self._keep(key, wanted)
                 rest = self._start(missing, fence)
                 started += missing[: len(missing) - len(rest)]
                 missing = rest
             assert not missing
         finally:
             self.release()
+
+    def _keep(self, key: ExpertKey, wanted: Sequence[int]) -> None:
+        """Gives an expert a slot, if it is wanted and there is one."""
+        if key.expert in wanted and key in self.cache:
+            self.cache.adopt(key)
 
     def _start(self, missing: list[ExpertKey], fence: Callable[[], None]) -> list[ExpertKey]:
         """Starts copies while there is room; returns those that have to wait."""
