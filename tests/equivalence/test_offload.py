@@ -1,0 +1,93 @@
+"""Where experts are, and how they come and go, changes no bit of the logits."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.engines.offload_engines import (
+    AlwaysWrong,
+    Model,
+    Needed,
+    embedded_model,
+    random_model,
+    some_tokens,
+)
+
+NUM_TOKENS = 12  # of a sequence that is decoded
+PROMPT_TOKENS = 28  # two chunks
+CHUNK = 16
+BATCHES = (1, 3)
+
+MODELS = {
+    "embedded, bf16": lambda: embedded_model("bf16", "bfloat16"),
+    "embedded, int8": lambda: embedded_model("int8"),
+    "embedded, int4": lambda: embedded_model("int4"),
+    "embedded, int4, host kernels": lambda: embedded_model("int4", host_bits=8),
+    "top 2 of 8, bf16": lambda: random_model("top 2 of 8", "bf16"),
+    "top 2 of 8, int4": lambda: random_model("top 2 of 8", "int4"),
+    "top 3 of 6, int8": lambda: random_model("top 3 of 6, window", "int8"),
+    "top 3 of 6, bf16, host kernels": lambda: random_model(
+        "top 3 of 6, window", "bf16", host_bits=8
+    ),
+}
+SLOTS = ("staging only", "top_k", "top_k + 1", "half", "all", "uneven", "one pool")
+PREFETCHES = ("off", "1 layer ahead", "2 layers ahead", "always wrong")
+LOOKAHEAD = dict(zip(PREFETCHES, (0, 1, 2, 1), strict=True))
+# Every size of cache with every prefetch, and each of both with every rule of eviction.
+CASES = [
+    (slots, prefetch, ("lru", "lfu", "random")[(i + j) % 3])
+    for (i, slots), (j, prefetch) in itertools.product(enumerate(SLOTS), enumerate(PREFETCHES))
+]
+
+
+@functools.cache
+def reference(name: str):
+    """With all experts on the device, and nothing prefetched.
+
+    Returns:
+      Logits of a prompt, of sequences decoded in batches of both sizes, and the experts used
+      by these.
+    """
+    model = MODELS[name]()
+    engine = model.engine(lookahead=0, prefill_chunk=CHUNK)
+    prompt = engine.logits(prompt_of(model))
+    decoded, needed = [], []
+    for batch_size in BATCHES:
+        noted = Needed(engine)
+        decoded.append(engine.decode_logits(some_tokens(model, batch_size, NUM_TOKENS)))
+        needed.append(noted.steps)
+    engine.close()
+    assert all(np.isfinite(logits).all() for logits in (prompt, *decoded))
+    return prompt, decoded, needed
+
+
+def prompt_of(model: Model) -> list[int]:
+    return some_tokens(model, PROMPT_TOKENS, seed=1).tolist()
+
+
+@pytest.mark.parametrize(("slots", "prefetch", "eviction"), CASES, ids=map(", ".join, CASES))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_and_what_fills_it_change_no_bit_of_the_logits(name, slots, prefetch, eviction):
+    prompt, decoded, needed = reference(name)
+    model = MODELS[name]()
+    sizes = model.slots_of_every_kind()[slots]
+    # As many places of staging as the plan gives, or as few as possible.
+    num_staging = model.least_staging(sizes) if eviction == "lfu" else 0
+    engine = model.engine(
+        sizes,
+        lookahead=LOOKAHEAD[prefetch],
+        eviction=eviction,
+        num_staging=num_staging,
+        prefill_chunk=CHUNK,
+    )
+    np.testing.assert_array_equal(engine.logits(prompt_of(model)), prompt)
+    for batch_size, expected, steps in zip(BATCHES, decoded, needed, strict=True):
+        if prefetch == "always wrong":
+            engine.predictor = AlwaysWrong(steps, model.num_experts)
+        got = engine.decode_logits(some_tokens(model, batch_size, NUM_TOKENS))
+        np.testing.assert_array_equal(got, expected)
+    # Warm by now, in another way than before.
+    np.testing.assert_array_equal(engine.logits(prompt_of(model)), prompt)
+    engine.close()
