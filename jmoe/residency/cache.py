@@ -98,7 +98,10 @@ class SlotCache(Places):
                 self._use_staged(entry, busy)
         self.counters.hits += len(keys) - len(missing)
         self.counters.misses += len(missing)
-        return [self._load(key, busy) for key in missing] if missing else []
+        if not missing:
+            return []
+        movable = self._movable(self._pools[layer], busy)
+        return [self._load(key, busy, movable) for key in missing]
 
     def unpin(self) -> None:
         """Drops all pins."""
@@ -121,9 +124,8 @@ class SlotCache(Places):
     def speculate(self, key: ExpertKey, busy: Collection[ExpertKey] = frozenset()) -> Load | None:
         """Finds a place for a predicted expert, without evicting one that has a slot.
 
-        Returns:
-          None if it is here already, or if not more than min_free places of staging are free or
-          can be recycled. Live entries are not recycled for this.
+        Returns None if it is here already, or if not more than min_free places of staging are free
+        or can be recycled. Live entries are not recycled for this.
         """
         entry = self._entries.get(key)
         if entry is not None and (not entry.staged or entry.live):
@@ -151,10 +153,8 @@ class SlotCache(Places):
     def stream(self, key: ExpertKey, busy: Collection[ExpertKey] = frozenset()) -> Load | None:
         """Finds a place of staging for a needed expert that is not here, pins it, counts a miss.
 
-        For prefill, which leaves the pools as they are: see ``warm``.
-
-        Returns:
-          None if no place is free or can be recycled now.
+        For prefill, which leaves the pools as they are: see ``warm``. Returns None if no place is
+        free or can be recycled now.
         """
         assert key not in self._entries
         load = self._stage_needed(key, busy, may_break=True)
@@ -254,12 +254,10 @@ class SlotCache(Places):
             self._eviction.forget(entry.key)
         return [entry.key for entry in gone]
 
-    def _load(self, key: ExpertKey, busy: Collection[ExpertKey]) -> Load:
-        """Finds a place for a needed expert that is not here, and pinned already."""
-        pool = self._pools[key.layer]
-        if pool.free:
+    def _load(self, key: ExpertKey, busy: Collection[ExpertKey], movable: list[ExpertKey]) -> Load:
+        """Finds a place for a needed expert; a victim is taken off the list of movable ones."""
+        if self._pools[key.layer].free:
             return self._enter(key, ())
-        movable = self._movable(pool, busy)
         victim = self._eviction.victim(movable) if movable else None
         if victim is None or not self._eviction.admits(key, victim):
             load = self._stage_needed(key, busy, may_break=victim is None)
@@ -267,6 +265,7 @@ class SlotCache(Places):
                 return load
         if victim is None:
             raise NoRoom(f"layer {key.layer}, expert {key.expert}")
+        movable.remove(victim)
         self._evict(self._entries[victim])
         return self._enter(key, (victim,))
 

@@ -114,16 +114,9 @@ class Likely(Eviction):
 
     def _likelihood(self, key: ExpertKey) -> float:
         history = self._layers[key.layer]
-        expert = key.expert
-        share, step = history.shares.get(expert, (0.0, 0))
-        likelihood = self._FREQUENCY_WEIGHT * share * self._decay ** (history.step - step)
-        for used in history.last:
-            followers = history.followers[used]
-            likelihood += followers.get(expert, 0) / ((followers[_TOTAL] + 1) * len(history.last))
-        return likelihood
-
-
-_TOTAL = -1
+        if history.likelihoods is None:
+            history.likelihoods = history.estimate(self._decay, self._FREQUENCY_WEIGHT)
+        return history.likelihoods.get(key.expert, 0.0)
 
 
 class _LayerHistory:
@@ -133,21 +126,35 @@ class _LayerHistory:
         self.step = 0
         self.last: list[int] = []
         self.shares: dict[int, tuple[float, int]] = {}  # by expert, and as of which step
-        # How often which expert came after which, and how often anything did.
-        self.followers: dict[int, dict[int, int]] = defaultdict(lambda: {_TOTAL: 0})
+        # How often anything came after an expert, and how often which.
+        self.num_followed: dict[int, int] = defaultdict(int)
+        self.followers: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        self.likelihoods: dict[int, float] | None = None  # after this step, once they are needed
 
     def enter(self, experts: list[int], decay: float) -> None:
         for used in self.last:
+            self.num_followed[used] += 1
             followers = self.followers[used]
-            followers[_TOTAL] += 1
             for expert in experts:
-                followers[expert] = followers.get(expert, 0) + 1
+                followers[expert] += 1
         self.step += 1
         for expert in experts:
             share, step = self.shares.get(expert, (0.0, 0))
-            share *= decay ** (self.step - step)
-            self.shares[expert] = (share + 1 - decay, self.step)
+            self.shares[expert] = (share * decay ** (self.step - step) + 1 - decay, self.step)
         self.last = experts
+        self.likelihoods = None
+
+    def estimate(self, decay: float, frequency_weight: float) -> dict[int, float]:
+        """By expert; of those that were used."""
+        likelihoods = {
+            expert: frequency_weight * share * decay ** (self.step - step)
+            for expert, (share, step) in self.shares.items()
+        }
+        for used in self.last:
+            each = 1 / ((self.num_followed[used] + 1) * len(self.last))
+            for expert, count in self.followers[used].items():
+                likelihoods[expert] += count * each
+        return likelihoods
 
 
 class StaticPopularity(Eviction):

@@ -17,7 +17,7 @@ _COLOURS = {
     "popular": "#c14c8a",
     "fixed": "#9b9a97",
 }
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 400, 52, 500, 40, 352
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 400, 52, 500, 40, 352
 
 
 def check(file: str, predictors: Sequence[str]) -> None:

@@ -29,9 +29,7 @@ class ReferenceCache:
         self.counters.misses += len(missing)
         for key in keys:
             if key in self.staged:
-                self.counters.useful += key in self.unused
-                self.live.discard(key)
-                self.unused.discard(key)
+                self.mark_used(key)
                 victim = self.make_room(key, busy)
                 if len(self.pools[self.pool_of[key.layer]]) < self.sizes[self.pool_of[key.layer]]:
                     self.staged.remove(key)
@@ -40,6 +38,16 @@ class ReferenceCache:
                 else:
                     self.staged.append(self.staged.pop(self.staged.index(key)))
         return [self.load(key, busy) for key in missing]
+
+    def mark_used(self, key):
+        self.counters.useful += key in self.unused
+        self.live.discard(key)
+        self.unused.discard(key)
+
+    def pin(self, key):
+        self.mark_used(key)
+        self.pinned.add(key)
+        self.counters.hits += 1
 
     def make_room(self, key, busy):
         pool = self.pools[self.pool_of[key.layer]]
