@@ -1,12 +1,22 @@
 """Set-up of the whole suite: annotated shapes are checked, and nothing reaches the network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # noqa: F401  (named below)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Most of the suite's time is compilation, often of the same programs: in many processes, too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="jmoe-programs-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(

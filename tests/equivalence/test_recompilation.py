@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.engines.batch import BatchRun
+from jmoe.engines.resident_steps import ResidentSteps
 from jmoe.generation.options import GenerationOptions
 from tests.equivalence.measures import GREEDY, SAMPLED
 
@@ -110,7 +111,9 @@ def test_the_step_aliases_the_cache_and_copies_none_of_it(llm):
     leaves = jax.tree.leaves(run._state.cache)
     cache_bytes = sum(leaf.nbytes for leaf in leaves)
     shape = ",".join(map(str, leaves[0].shape))
-    programs = [run._decode_step, *run._prefill_chunk.values()]
+    steps = run._steps
+    assert isinstance(steps, ResidentSteps)
+    programs = [steps._decode_step, *steps._prefill_chunk.values()]
     for program in programs:
         analysis = program.memory_analysis()
         assert analysis is not None

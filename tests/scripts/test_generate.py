@@ -1,7 +1,6 @@
 """generate.py: what goes to stdout and to stderr, in every way of asking."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,18 +12,6 @@ import pytest
 from tests.scripts.processes import ROOT, command, environment, run_script
 
 SHORT = ("--max_new_tokens=12",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every process would compile the same programs."""
-    before = {name: os.environ.get(name) for name in ("JAX_COMPILATION_CACHE_DIR",)}
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    del os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
 
 
 def test_without_flags_the_embedded_model_writes_python():
