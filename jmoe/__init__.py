@@ -11,6 +11,8 @@ from jmoe.errors import (
 )
 from jmoe.generation.options import GenerationOptions, check_options
 from jmoe.metrics import GenerationStats
+from jmoe.planning import Plan, Policy, RoutingTrace
+from jmoe.residency.timeline import Timeline
 
 __version__ = "0.1.0.dev0"
 
@@ -24,7 +26,11 @@ __all__ = [
     "GenerationResult",
     "GenerationStats",
     "JmoeError",
+    "Plan",
+    "Policy",
     "RequestError",
+    "RoutingTrace",
+    "Timeline",
     "TransferError",
     "check_options",
     "load",
