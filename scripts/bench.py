@@ -15,6 +15,9 @@ Suites:
           does instead; --peer=torch puts the experts in bfloat16 beside them. --model names a shape
   load    from a new process to the first token, for several forms of a model
   convert conversions to a store, beside plain copies of the same files
+  offload decoding with experts in host memory, on links held to --links: how much of copying hides
+          behind computing, with experts predicted by an oracle, by the routers, or not at all; the
+          rows of a paper's table; and what a loop over layers costs where nothing moves
 
 Examples:
   python scripts/bench.py
@@ -26,6 +29,7 @@ Examples:
   python scripts/bench.py --suite=kernels --operation=linear --operation=attend --threads=1
   python scripts/bench.py --suite=load --models=path/to/model,path/to/store
   python scripts/bench.py --suite=convert --model=mixtral-8x7b --random_weights --num_layers=1
+  python scripts/bench.py --suite=offload --links=0.5,1,2 --parts=overlap,overhead
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -42,6 +46,7 @@ _SUITES = {
     "kernels": "_bench.kernels",
     "load": "_bench.load",
     "convert": "_bench.convert",
+    "offload": "_bench.offload",
 }
 _PEERS = {"decode": ("transformers", "xla"), "kernels": ("torch",)}
 
@@ -70,6 +75,14 @@ _FORMATS = flags.DEFINE_list(
     "formats", "8g64sf,4g64,3g64,2g16,bf16,f32", "Suite kernels: of the experts."
 )
 _TOKENS = flags.DEFINE_list("tokens", "1,16,64,512", "Suite kernels: tokens at once.")
+_LINKS = flags.DEFINE_list("links", "0.5,1,2", "Suite offload: speeds in GB/s (10^9 bytes).")
+_PARTS = flags.DEFINE_list("parts", "overlap,paper,overhead", "Suite offload: what to measure.")
+_COPIES = flags.DEFINE_bool(
+    "copies",
+    True,
+    "Suite offload on a CPU: really copy; --nocopies takes as long, without cores and memory.",
+)
+_PLOT = flags.DEFINE_string("plot", None, "Suite offload: SVG file for the part paper.")
 _FORMAT = flags.DEFINE_enum(
     "format", "md", ["md", "jsonl"], "Of the ceiling and the rows; the last line is always JSON."
 )
@@ -79,7 +92,7 @@ _OUTPUT_FILE = flags.DEFINE_string("output_file", None, "File to append the last
 def main() -> None:
     _model_flags.limit_threads()
     from _bench import machine, report
-    from _bench.settings import Settings, check_peer, read_integers
+    from _bench.settings import Settings, check_parts, check_peer, read_integers, read_speeds
 
     import jmoe
 
@@ -97,6 +110,10 @@ def main() -> None:
         operations=tuple(_OPERATIONS.value),
         formats=tuple(_FORMATS.value),
         tokens=read_integers("tokens", _TOKENS.value),
+        links=read_speeds("links", _LINKS.value),
+        parts=check_parts(_PARTS.value),
+        copies=_COPIES.value,
+        plot=_PLOT.value,
     )
     with report.ResultFile(_OUTPUT_FILE.value) as result_file:
         header = {

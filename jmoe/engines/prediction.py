@@ -32,6 +32,33 @@ class GatePredictor:
             yield layer + distance, by_votes(ids_TW)
 
 
+class OraclePredictor:
+    """Knows what a run of the same tokens chose: how far could prefetching go?
+
+    Calls are counted, one for each layer of each step: ``restart`` before every run.
+    """
+
+    def __init__(self, chosen_SLK: np.ndarray, num_ahead: int):
+        """Args:
+        chosen_SLK: ids by step and layer, as ``RoutingTrace.decode_expert_ids`` of one sequence.
+        num_ahead: for how many layers to predict; those after the last one are the next token's.
+        """
+        num_layers = chosen_SLK.shape[1]
+        chosen = chosen_SLK.reshape(-1, chosen_SLK.shape[2]).tolist()
+        self._chosen = [(i % num_layers, experts) for i, experts in enumerate(chosen)]
+        self._num_ahead = num_ahead
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = 0
+
+    def predict(self, layer: int, predicted_NTW: np.ndarray) -> Iterable[tuple[int, Sequence[int]]]:
+        # A generator: programs are warmed up with calls that nobody looks at, and do not count.
+        assert self._next >= len(self._chosen) or self._chosen[self._next][0] == layer
+        self._next += 1
+        yield from self._chosen[self._next : self._next + self._num_ahead]
+
+
 def by_votes(ids_TW: np.ndarray) -> list[int]:
     """The experts that occur, those first that most tokens name, then those named earlier."""
     if len(ids_TW) == 1:

@@ -1,12 +1,15 @@
 """What the user asked to measure, and the engine that it is measured on."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jmoe
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
+
+OFFLOAD_PARTS = ("overlap", "paper", "overhead")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +28,16 @@ class Settings:
     operations: tuple[str, ...] = ()  # of the suite kernels, as the following
     formats: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
+    links: tuple[float, ...] = ()  # bytes per second; of the suite offload, as the following
+    parts: tuple[str, ...] = ()
+    copies: bool = True
+    plot: str | None = None
 
     def __post_init__(self):
         if not self.batch_sizes:
             raise RequestError("--batch is empty", expected="numbers such as 1,4")
+        if self.plot is not None and "paper" not in self.parts:
+            raise RequestError("--plot draws the part paper", got=",".join(self.parts))
         if not self.prompt_lengths and not self.new_tokens:
             raise RequestError(
                 "nothing to measure", do="give --prompt_lengths, or --new_tokens above 0"
@@ -55,6 +64,28 @@ def read_integers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
                 f"--{flag} is not usable", got=repr(value), expected="whole numbers from 1: 64,512"
             )
     return tuple(int(value) for value in values)
+
+
+def read_speeds(flag: str, values: Sequence[str]) -> tuple[float, ...]:
+    """Bytes per second, of GB/s in a comma-separated flag (RequestError)."""
+    try:
+        speeds = tuple(float(value) * 1e9 for value in values)
+    except ValueError:
+        speeds = ()
+    if not speeds or not all(0 < speed < math.inf for speed in speeds):
+        raise RequestError(
+            f"--{flag} is not usable", got=repr(",".join(values)), expected="GB/s above 0: 0.5,1,2"
+        )
+    return speeds
+
+
+def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts of the suite offload (RequestError)."""
+    if not parts or not set(parts) <= set(OFFLOAD_PARTS):
+        raise RequestError(
+            "--parts is not usable", got=repr(",".join(parts)), expected=",".join(OFFLOAD_PARTS)
+        )
+    return tuple(dict.fromkeys(parts))
 
 
 def check_peer(suite: str, peer: str, peers: Sequence[str]) -> None:
