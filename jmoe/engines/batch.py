@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
+from jmoe.engines.memory import ExplainShortage
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.prompts import pad_prompts
 from jmoe.engines.steps import BatchShape, Steps
@@ -42,6 +43,10 @@ class Engine(Protocol):
         """Makes room for a batch (CapacityError)."""
         ...
 
+    def remedy(self, shape: BatchShape) -> str:
+        """What to do if the device has no memory for a batch."""
+        ...
+
     def steps(self, shape: BatchShape) -> Steps: ...
 
 
@@ -66,7 +71,7 @@ class BatchRun:
         self.max_new_tokens = [min(options.max_new_tokens, tokens) for tokens in room]
         self._model = model
         self._prompts = prompts
-        shape = self._plan(SamplingKind.of(options))
+        shape = self._shape = self._plan(SamplingKind.of(options))
         model.reserve(shape)
 
         self._active = np.ones(len(prompts), bool)
@@ -87,11 +92,13 @@ class BatchRun:
         stopwatch = Stopwatch()
         self._steps = model.steps(shape)
         try:
-            with stopwatch:
+            with stopwatch, self._explaining("making a KV cache and compiling", copies=False):
                 self._steps.prepare(lengths_B, self._active_B, sampling)
             self._num_compiled = model.programs.num_compiled - before
             self._compile_s = stopwatch.seconds
-            self._prefill(pad_prompts(prompts, sum(shape.chunks)), lengths_B, seen_BV)
+            with self._explaining("prefilling"):
+                self._prefill(pad_prompts(prompts, sum(shape.chunks)), lengths_B, seen_BV)
+            self._decoding = self._explaining("decoding")
         except BaseException:
             self.close()
             raise
@@ -107,6 +114,15 @@ class BatchRun:
             chunks=tuple(chunks),
             capacity=kv_cache.bucket_capacity(max(num_positions, sum(chunks))),
             kind=kind,
+        )
+
+    def _explaining(self, doing: str, *, copies: bool = True) -> ExplainShortage:
+        model, shape = self._model, self._shape
+        return ExplainShortage(
+            f"{doing} ({shape.batch_size} x {shape.capacity} positions)",
+            model.device,
+            lambda: model.remedy(shape),
+            copies_experts=copies,
         )
 
     def _seen_in_prompts(self) -> np.ndarray:
@@ -127,8 +143,13 @@ class BatchRun:
     def __iter__(self) -> Generator[np.ndarray, None, None]:
         try:
             yield from self._tokens()
-        finally:
+        except GeneratorExit:  # perhaps in a finalizer, on any thread, in the middle of anything
+            self._steps.end()
+            raise
+        except BaseException:
             self.close()
+            raise
+        self.close()
 
     def _tokens(self) -> Generator[np.ndarray, None, None]:
         ahead = self._steps.runs_ahead
@@ -150,7 +171,8 @@ class BatchRun:
             following = None
             if ahead and started < self._longest():
                 following, started = self._dispatch(), started + 1
-            token_ids_B = np.asarray(pending)
+            with self._decoding:
+                token_ids_B = np.asarray(pending)
             pending = following
             now = time.perf_counter()
             self._decode_s, since = self._decode_s + now - since, now
@@ -161,8 +183,9 @@ class BatchRun:
         return max((limit for active, limit in pairs if active), default=0)
 
     def _dispatch(self) -> jax.Array:
-        self._state, token_ids_B = self._steps.step(self._state, self._active_B)
-        token_ids_B.copy_to_host_async()
+        with self._decoding:
+            self._state, token_ids_B = self._steps.step(self._state, self._active_B)
+            token_ids_B.copy_to_host_async()
         return token_ids_B
 
     def finish(self, sequence: int) -> None:

@@ -11,11 +11,13 @@ from jmoe.engines import layer_programs
 from jmoe.engines.batch import BatchRun
 from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import ExpertModel
+from jmoe.engines.memory import remedy, smaller_plan
 from jmoe.engines.offload_steps import OffloadSteps
 from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.prompt_stream import PromptStream
 from jmoe.engines.prompts import check_prompts, pad_prompts
 from jmoe.engines.steps import BatchShape
+from jmoe.errors import RequestError
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
 from jmoe.native.choice import HostKernels
@@ -100,6 +102,7 @@ class OffloadEngine(ExpertModel):
         # As compiled, by batch.
         self._plans: dict[BatchShape, Plan] = {}
         self._run: OffloadSteps | None = None
+        self._closed = False
         slots = policy.slots
         assert slots is not None
         smallest = 0 if isinstance(slots, int) else min(slots)
@@ -127,11 +130,11 @@ class OffloadEngine(ExpertModel):
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
         """Checks a batch, makes room for it, compiles what it needs, and prefills it.
 
-        Ends the batch before, if that has not ended.
+        Ends the batch before, if that has not ended: going on with that one is a RequestError.
 
         Raises:
           RequestError: a prompt is empty, has an unknown token, or leaves no room for a new
-            token in the model's context.
+            token in the model's context; or the engine was closed.
           CapacityError: the batch does not fit into the budget.
           TransferError: a copy to the device failed.
         """
@@ -140,11 +143,34 @@ class OffloadEngine(ExpertModel):
 
     def reserve(self, shape: BatchShape) -> None:
         """Plans a batch, and gives the experts the places that are left (CapacityError)."""
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        self._begin()
         if self._replan is not None:
             self._adopt(self._plans.get(shape) or self._replan(*self._sizes(shape)))
+
+    def remedy(self, shape: BatchShape) -> str:
+        """What to do if the device has no memory for a batch."""
+        batch_size, num_positions = self._sizes(shape)
+        plan = smaller_plan(
+            self.config,
+            self.dtype,
+            self.quant,
+            batch_size=batch_size,
+            num_positions=num_positions,
+            used_bytes=self.plan.device_bytes,
+            policy=self.plan.policy,
+        )
+        return remedy(self.config, plan)
+
+    def _begin(self) -> None:
+        """Ends what was begun before, and whatever Ctrl-C or an error left of it."""
+        if self._closed:
+            raise RequestError("the model was closed", do="load it again")
+        if self._run is not None:
+            self._run.end()
+        self.experts.settle()
+        if self._run is not None:
+            self._run.free()
+            self._run = None
 
     def fit(self, shape: BatchShape, workspace_bytes: int) -> None:
         """Plans a batch again when its programs are compiled, which says what they take.
@@ -175,10 +201,12 @@ class OffloadEngine(ExpertModel):
         """Scores the next token at every position of one sequence: float32 [L, V].
 
         Raises:
-          RequestError: no token, an unknown one, or more than the model's context.
+          RequestError: no token, an unknown one, or more than the model's context; or the engine
+            was closed.
           TransferError: a copy to the device failed.
         """
         check_prompts([token_ids], self.config)
+        self._begin()
         longest = self.longest_chunk(1, len(token_ids))
         chunks = prompt_chunks(len(token_ids), longest)
         caches = self._caches(1, sum(chunks))
@@ -208,6 +236,7 @@ class OffloadEngine(ExpertModel):
         """
         batch_size, num_tokens = token_ids_BL.shape
         check_prompts(token_ids_BL.tolist(), self.config)
+        self._begin()
         caches = self._caches(batch_size, num_tokens)
         predictor = self.predictor or (GatePredictor(self.num_layers) if self.lookahead else None)
         loop = DecodeLoop(self, batch_size, predictor)
@@ -229,6 +258,7 @@ class OffloadEngine(ExpertModel):
 
     def close(self) -> None:
         """Stops the thread that copies, and drops all experts; may be called again."""
+        self._closed = True
         self.experts.close()
 
     def _caches(self, batch_size: int, num_positions: int) -> list[kv_cache.LayerCache]:

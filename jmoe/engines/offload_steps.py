@@ -1,5 +1,6 @@
 """A batch in the offload engine: prompts layer by layer, then the loop over layers per token."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from jmoe.engines.prediction import GatePredictor, Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
 from jmoe.engines.steps import BatchShape, Sampling
+from jmoe.errors import RequestError
 from jmoe.metrics import ResidencyStats
 from jmoe.models import kv_cache
 from jmoe.models.kv_cache import KVCache
@@ -53,6 +55,9 @@ class OffloadSteps:
         self._started = self._prefilled = model.experts.counts()
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
+        self._ended = False
+        # While the caller keeps it, it is on the device.
+        self._state: weakref.ref[DecodeState] | None = None
 
     def prepare(self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling) -> None:
         model, shape = self._model, self._shape
@@ -153,6 +158,7 @@ class OffloadSteps:
     def prefill(
         self, padded_BL: np.ndarray, lengths_B: jax.Array, seen_BV: jax.Array | None
     ) -> tuple[DecodeState, jax.Array]:
+        self._check_open()
         model = self._model
         self._started = model.experts.counts()
         lengths = np.asarray(lengths_B)
@@ -173,11 +179,12 @@ class OffloadSteps:
         token_ids_B, seen_BV = self._first_tokens(
             model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
         )
-        del self._caches
+        self._caches = []
         token_ids_B.block_until_ready()
         self._prefilled = model.experts.counts()
-        cache = KVCache(tuple(caches))
-        return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
+        state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
+        self._state = weakref.ref(state)
+        return state, token_ids_B
 
     def _record_prompt(self, valid_BL: np.ndarray) -> None:
         if self._recorder is not None:
@@ -189,7 +196,9 @@ class OffloadSteps:
                 self._recorder.add_prompt(chosen[valid_L], sequence)
 
     def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+        self._check_open()
         result = self._step(self._model.experts, state, active_B)
+        self._state = weakref.ref(result[0])
         choices_LNTW = np.stack(self._loop.choices)
         chosen_LTK = choices_LNTW[:, 0, :, : self._model.config.router.top_k]
         predicted_LNTW = choices_LNTW[:, 1:]
@@ -257,8 +266,30 @@ class OffloadSteps:
         states = 2 * 2 * tokens * hidden * item_bytes
         return max(map(temporary_bytes, model.last_programs)) + outputs + states
 
+    def end(self) -> None:
+        self._ended = True
+
     def close(self) -> None:
-        self._model.experts.settle()
+        if not self._ended:  # else the experts may be another batch's by now
+            self._ended, self._caches = True, []
+            self._model.experts.settle()
+
+    def free(self) -> None:
+        """Frees the KV cache of a batch that has ended, although its caller still has it."""
+        state = self._state and self._state()
+        for array in jax.tree.leaves(state and state.cache):
+            if not array.is_deleted():
+                array.delete()
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise RequestError(
+                "this generation has ended",
+                got="another one was started with the same model, or it was closed",
+                expected="one at a time, with the policy offload",
+                do="finish one before the next, give all prompts at once, or load the model with "
+                "the policy resident",
+            )
 
     def _empty_hidden(self) -> jax.Array:
         model = self._model

@@ -7,13 +7,15 @@ import numpy as np
 from jmoe.engines import programs
 from jmoe.engines.batch import BatchRun
 from jmoe.engines.device_model import DeviceModel
-from jmoe.engines.memory import check_fits
+from jmoe.engines.memory import check_fits, remedy, smaller_plan
 from jmoe.engines.prompts import check_prompts, pad_prompts
 from jmoe.engines.resident_steps import ResidentSteps
 from jmoe.engines.steps import BatchShape
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.planning.need import MemoryNeed
+from jmoe.planning.policy import Policy
 
 
 class ResidentEngine(DeviceModel):
@@ -47,6 +49,23 @@ class ResidentEngine(DeviceModel):
             what=f"the KV cache of {batch_size} x {capacity} positions",
             do="run fewer prompts at once, shorten them, or lower max_new_tokens",
         )
+
+    def remedy(self, shape: BatchShape) -> str:
+        """What to do if the device has no memory for a batch."""
+        if self.device.platform == "cpu":
+            return "run fewer prompts at once, shorten them, or use fewer bits"
+        num_positions = min(shape.capacity, self.config.max_position_embeddings)
+        size = {"batch_size": shape.batch_size, "num_positions": num_positions}
+        need = MemoryNeed.of(self.config, self.dtype, self.quant, **size)
+        plan = smaller_plan(
+            self.config,
+            self.dtype,
+            self.quant,
+            used_bytes=need.total_bytes,
+            policy=Policy(mode="offload"),
+            **size,
+        )
+        return remedy(self.config, plan)
 
     def steps(self, shape: BatchShape) -> ResidentSteps:
         return ResidentSteps(self, shape)

@@ -120,5 +120,8 @@ class ResidentSteps:
     def residency(self) -> None:
         return None
 
+    def end(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -59,6 +59,10 @@ class Steps(Protocol):
         """What moved between host and device, of engines that move experts."""
         ...
 
+    def end(self) -> None:
+        """Ends the batch, as far as that can be done in a finalizer: on any thread, at any time."""
+        ...
+
     def close(self) -> None:
         """Ends the batch; may be called again."""
         ...

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
-from jmoe.engines.memory import check_fits
+from jmoe.engines.memory import ExplainShortage, check_fits, remedy, smaller_plan
 from jmoe.engines.offload import OffloadEngine
 from jmoe.engines.resident import ResidentEngine
 from jmoe.loading.options import LoadOptions
@@ -90,31 +90,52 @@ class Setup(NamedTuple):
         what = f"plan for {self.num_positions:,} positions"
         reasons = tuple(f"{what}: {reason}" for reason in self.plan.reasons)
         if not self.is_offload:
-            engine = ResidentEngine(
-                self.config, parameters, self.dtype, self.device, self.quant, host
-            )
+            with self._explaining():
+                engine = ResidentEngine(
+                    self.config, parameters, self.dtype, self.device, self.quant, host
+                )
             return engine, (*notes, *(reasons if self.options.budget_bytes else ()))
         assert self.quant is not None
         link = self._link(self.quant)
-        engine = OffloadEngine(
-            self.config,
-            parameters,
-            self.dtype,
-            self.device,
-            self.quant,
-            host,
-            plan=self.plan,
-            link=link,
-            replan=self.replan,
-            store=store,
-            timeline=self.options.timeline,
-        )
+        with self._explaining():
+            engine = OffloadEngine(
+                self.config,
+                parameters,
+                self.dtype,
+                self.device,
+                self.quant,
+                host,
+                plan=self.plan,
+                link=link,
+                replan=self.replan,
+                store=store,
+                timeline=self.options.timeline,
+            )
         if self.options.record_routing:
             router = self.config.router
             engine.recorder = TraceRecorder(
                 self.config.num_hidden_layers, router.num_experts, router.top_k
             )
         return engine, (*notes, *reasons)
+
+    def _explaining(self) -> ExplainShortage:
+        return ExplainShortage("loading the weights", self.device, self._remedy)
+
+    def _remedy(self) -> str:
+        """What to do if the device has no memory for the weights."""
+        if self.device.platform == "cpu" and not self.is_offload:
+            return "use fewer bits (--quant=attn4-experts4), or a machine with more memory"
+        policy = self.plan.policy if self.is_offload else Policy(mode="offload")
+        plan = smaller_plan(
+            self.config,
+            self.dtype,
+            self.quant,
+            batch_size=1,
+            num_positions=self.num_positions,
+            used_bytes=self.plan.device_bytes,
+            policy=policy,
+        )
+        return remedy(self.config, plan)
 
     def replan(
         self,

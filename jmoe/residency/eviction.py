@@ -132,15 +132,15 @@ class _LayerHistory:
         self.likelihoods: dict[int, float] | None = None  # after this step, once they are needed
 
     def enter(self, experts: list[int], decay: float) -> None:
+        self.step += 1
+        for expert in experts:  # first: Ctrl-C must leave no follower that has no share
+            share, step = self.shares.get(expert, (0.0, 0))
+            self.shares[expert] = (share * decay ** (self.step - step) + 1 - decay, self.step)
         for used in self.last:
             self.num_followed[used] += 1
             followers = self.followers[used]
             for expert in experts:
                 followers[expert] += 1
-        self.step += 1
-        for expert in experts:
-            share, step = self.shares.get(expert, (0.0, 0))
-            self.shares[expert] = (share * decay ** (self.step - step) + 1 - decay, self.step)
         self.last = experts
         self.likelihoods = None
 

@@ -204,11 +204,16 @@ class DeviceExperts:
 
     def settle(self) -> None:
         """Ends a batch, however it ended: nothing is pinned, queued or under way afterwards."""
-        self.cache.unpin()
+        cache, arrays = self.cache, self._arrays
+        cache.unpin()
         self._fetcher.drain()
-        for key in self.cache.keys():  # noqa: SIM118  (a copy)
-            if key not in self._arrays:
-                self.cache.forget(key)
+        if not cache.is_whole():
+            cache.clear()
+        for key in cache.keys():  # noqa: SIM118  (a copy)
+            if key not in arrays:
+                cache.forget(key)
+        for key in [key for key in arrays if key not in cache]:
+            del arrays[key]
 
     def counts(self) -> "Counts":
         """Counters so far; the difference of two is a ``Traffic``."""

@@ -63,6 +63,31 @@ class Places:
         """The experts of a layer that have a slot, in ascending order."""
         return tuple(sorted(key.expert for key in self._pools[layer].entries if key.layer == layer))
 
+    def is_whole(self) -> bool:
+        """Whether each place is free or has one holder: not so if Ctrl-C interrupted a change."""
+        pools = dict.fromkeys(self._pools)
+        sizes = [self.slots] if isinstance(self.slots, int) else list(self.slots)
+        sides = [(pool.entries, pool.free, pool.size, False) for pool in pools]
+        sides.append((self._staged, self._free, self.num_staging, True))
+        held = {key: entry for entries, *_ in sides for key, entry in entries.items()}
+        places = [entry.place for entry in held.values()]
+        return (
+            [size for _, _, size, _ in sides] == [*sizes, self.num_staging]
+            and all(len(entries) + len(free) == size for entries, free, size, _ in sides)
+            and all(e.staged == staged for entries, *_, staged in sides for e in entries.values())
+            and held == self._entries
+            and sorted(places + [place for _, free, *_ in sides for place in free])
+            == list(range(self.num_places))
+        )
+
+    def clear(self) -> None:
+        """Makes all places free, whatever state they are in."""
+        for key in self._entries:
+            self._eviction.forget(key)
+        self._entries.clear()
+        self._pinned.clear()
+        self._make_places(self.slots, self.num_staging)
+
     def _enter(self, key: ExpertKey, evicted: tuple[ExpertKey, ...]) -> Load:
         """Puts a new expert into a free slot of its pool."""
         pool = self._pools[key.layer]
