@@ -180,32 +180,33 @@ class RoutingTrace:
 
 
 class TraceRecorder:
-    """Collects what tokens use while a model runs; ``trace`` makes a RoutingTrace of it."""
+    """Collects what tokens use while a model runs; ``trace`` makes a RoutingTrace of it.
+
+    Each entry is made in one instruction: so it is there or not, also after Ctrl-C.
+    """
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int):
         dtype = np.uint8 if num_experts <= 256 else np.uint16
         self._none = np.zeros((0, num_layers, top_k), dtype)
         self._num_experts = num_experts
-        self._prompts: list[list[np.ndarray]] = []
-        self._steps: list[list[np.ndarray]] = []
-        self._predictions: list[list[np.ndarray | None]] = []
+        # By sequence: ids of pieces of its prompt; ids and predictions of its decode steps.
+        self._sequences: list[
+            tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray | None]]]
+        ] = []
 
     @property
     def num_tokens(self) -> int:
         """Of prompts and decode steps."""
-        return sum(len(ids) for pieces in self._prompts for ids in pieces) + sum(
-            map(len, self._steps)
-        )
+        return sum(sum(map(len, pieces)) + len(steps) for pieces, steps in self._sequences)
 
     def begin(self) -> int:
         """Starts another sequence; returns its index."""
-        for rows in (self._prompts, self._steps, self._predictions):
-            rows.append([])
-        return len(self._steps) - 1
+        self._sequences.append(([], []))
+        return len(self._sequences) - 1
 
     def add_prompt(self, ids: np.ndarray, sequence: int = -1) -> None:
         """Enters a piece of a prompt: ids [tokens, L, K], of the sequence begun last or another."""
-        self._prompts[sequence].append(np.array(ids, self._none.dtype))
+        self._sequences[sequence][0].append(np.array(ids, self._none.dtype))
 
     def add_decode(
         self, ids: np.ndarray, predicted: np.ndarray | None = None, sequence: int = -1
@@ -218,17 +219,18 @@ class TraceRecorder:
             none. What it predicts for layers beyond the last one is not looked at.
           sequence: index.
         """
-        self._steps[sequence].append(np.array(ids, self._none.dtype))
-        self._predictions[sequence].append(
-            None if predicted is None else _by_target(np.asarray(predicted, np.int16))
-        )
+        by_target = None if predicted is None else _by_target(np.asarray(predicted, np.int16))
+        self._sequences[sequence][1].append((np.array(ids, self._none.dtype), by_target))
 
     def trace(self) -> RoutingTrace:
         """What was entered so far."""
         num_layers = self._none.shape[1]
-        prompts = [np.concatenate([self._none, *pieces]) for pieces in self._prompts]
-        steps = [np.stack(rows) if rows else self._none for rows in self._steps]
-        predicted = [row for rows in self._predictions for row in rows]
+        prompts = [np.concatenate([self._none, *pieces]) for pieces, _ in self._sequences]
+        steps = [
+            np.stack([ids for ids, _ in rows]) if rows else self._none
+            for _, rows in self._sequences
+        ]
+        predicted = [row for _, rows in self._sequences for _, row in rows]
         shapes = [row.shape for row in predicted if row is not None]
         predictions = None
         if shapes:
