@@ -137,6 +137,7 @@ class DecodeLoop:
                     valid_B1,
                 )
                 dispatched = time.perf_counter()
+                del blobs  # or they would outlive their places
                 experts.release()
             else:
                 result = finish(blobs, group, routed, y_TKD)
@@ -187,6 +188,7 @@ class DecodeLoop:
             y_TKD = self._some(blobs, group_G, routed, y_TKD)
             if not fits:  # these experts are given up for the next group
                 y_TKD.block_until_ready()
+                del arrays, blobs
                 experts.release()
         raise AssertionError("no sequence is active")
 

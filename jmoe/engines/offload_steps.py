@@ -56,6 +56,8 @@ class OffloadSteps:
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._ended = False
+        self._workspace_bytes = 0  # until the programs are compiled
+        self._residency: ResidencyStats | None = None
         # While the caller keeps it, it is on the device.
         self._state: weakref.ref[DecodeState] | None = None
 
@@ -161,6 +163,7 @@ class OffloadSteps:
         self._check_open()
         model = self._model
         self._started = model.experts.counts()
+        model.experts.peak_places = len(model.experts.cache)
         lengths = np.asarray(lengths_B)
         hidden_BD, caches, start = self._empty_hidden(), self._caches, 0
         for size in self._shape.chunks:
@@ -235,6 +238,9 @@ class OffloadSteps:
         return state, token_ids_B
 
     def residency(self) -> ResidencyStats:
+        return self._residency or self._count()
+
+    def _count(self) -> ResidencyStats:
         model = self._model
         cache = model.experts.cache
         return ResidencyStats(
@@ -273,9 +279,14 @@ class OffloadSteps:
         if not self._ended:  # else the experts may be another batch's by now
             self._ended, self._caches = True, []
             self._model.experts.settle()
+            self._residency = self._count()
 
     def free(self) -> None:
-        """Frees the KV cache of a batch that has ended, although its caller still has it."""
+        """Frees the KV cache of a batch that has ended, although its caller still has it.
+
+        Before another one begins: from here on the counters are that one's.
+        """
+        self._residency = self.residency()
         state = self._state and self._state()
         for array in jax.tree.leaves(state and state.cache):
             if not array.is_deleted():

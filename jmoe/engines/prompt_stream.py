@@ -110,7 +110,6 @@ class PromptStream:
         for expert, rows_R in rows.items():
             counts_E[expert] += len(rows_R)
         wanted = sorted(np.flatnonzero(counts_E).tolist(), key=lambda e: -counts_E[e])
-        experts.pass_layer(layer)
         y = y_AD
 
         def fence() -> None:
@@ -128,6 +127,7 @@ class PromptStream:
                 experts.predict(ahead, fence)
             rows_R, apply = work[expert]
             y = apply(blob, rows_R, routed, y)
+            del blob  # or it would outlive its place
         fence()
         return y
 

@@ -5,7 +5,7 @@ exists as long as the cache has an entry for it: so never more of them than ther
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -141,7 +141,7 @@ class DeviceExperts:
         Args:
           layer: of all of them.
           experts: distinct.
-          wanted: those to keep afterwards, best first: they get slots as they come.
+          wanted: those to keep afterwards, as many as there are slots for, best first.
           fence: waits until no program is under way; called before an array is dropped.
 
         Yields:
@@ -149,24 +149,27 @@ class DeviceExperts:
         """
         keys = [ExpertKey(layer, expert) for expert in experts]
         here = [key for key in keys if self.cache.pin_key(key)]
+        self.pass_layer(layer)
         missing = [key for key in keys if key not in self.cache]
         try:
             missing = self._start(missing, lambda: None)
             for key in here:
                 yield key.expert, self._get(key), not missing
-                self.cache.unpin_key(key)
             fence()
-            for gone in self.cache.warm(layer, wanted, self._fetcher.in_flight):
-                self._forget_array(gone)
             for key in here:
-                self._keep(key, wanted)
+                self.cache.unpin_key(key)
+            kept = self._make_room(layer, experts, wanted)
+            for key in here:
+                if key in kept:
+                    self.cache.adopt(key)
             missing = self._start(missing, fence)  # in places of those that were here
             started = [key for key in keys if key not in here and key in self.cache]
             while started:
                 key = started.pop(0)
                 yield key.expert, self._get(key), not missing
                 self.cache.unpin_key(key)
-                self._keep(key, wanted)
+                if key in kept:
+                    self.cache.adopt(key)
                 rest = self._start(missing, fence)
                 started += missing[: len(missing) - len(rest)]
                 missing = rest
@@ -174,10 +177,17 @@ class DeviceExperts:
         finally:
             self.release()
 
-    def _keep(self, key: ExpertKey, wanted: Sequence[int]) -> None:
-        """Gives an expert a slot, if it is wanted and there is one."""
-        if key.expert in wanted and key in self.cache:
-            self.cache.adopt(key)
+    def _make_room(
+        self, layer: int, experts: Collection[int], wanted: Iterable[int]
+    ) -> frozenset[ExpertKey]:
+        """Gives up residents for better experts; returns those that get the free slots."""
+        resident = self.cache.resident(layer)
+        ranked = [e for e in wanted if e in experts or e in resident]
+        for gone in self.cache.warm(layer, ranked, self._fetcher.in_flight):
+            self._forget_array(gone)
+        coming = [e for e in ranked if e not in resident]
+        best = coming[: self.cache.num_free(layer)]
+        return frozenset(ExpertKey(layer, expert) for expert in best)
 
     def _start(self, missing: list[ExpertKey], fence: Callable[[], None]) -> list[ExpertKey]:
         """Starts copies while there is room; returns those that have to wait."""

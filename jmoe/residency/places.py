@@ -63,6 +63,10 @@ class Places:
         """The experts of a layer that have a slot, in ascending order."""
         return tuple(sorted(key.expert for key in self._pools[layer].entries if key.layer == layer))
 
+    def num_free(self, layer: int) -> int:
+        """Free slots of the pool of a layer."""
+        return len(self._pools[layer].free)
+
     def is_whole(self) -> bool:
         """Whether each place is free or has one holder: not so if Ctrl-C interrupted a change."""
         pools = dict.fromkeys(self._pools)
