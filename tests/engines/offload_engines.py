@@ -10,22 +10,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jmoe import native
 from jmoe.config import ModelConfig
 from jmoe.engines.batch import BatchRun
-from jmoe.engines.offload import OffloadEngine
+from jmoe.engines.offload import OffloadEngine, Replan
 from jmoe.engines.prediction import Predictor
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.resident import ResidentEngine
 from jmoe.generation.options import GenerationOptions
 from jmoe.loading import EMBEDDED_MODEL
+from jmoe.models import kv_cache
+from jmoe.models.decoder import rebuild
 from jmoe.models.random_weights import random_parameters
 from jmoe.native.choice import HostKernels
-from jmoe.planning.plan import make_plan
+from jmoe.planning.chunks import MIN_CHUNK
+from jmoe.planning.plan import Plan, make_plan
 from jmoe.planning.policy import MAX_IN_FLIGHT, Policy
+from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.residency.eviction import make_eviction
@@ -88,6 +93,10 @@ class Model:
         return ExpertLayout.of(config.hidden_size, config.intermediate_size, self.quant)
 
     @property
+    def blob_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    @property
     def all_slots(self) -> Slots:
         return (self.num_experts,) * self.num_layers
 
@@ -96,27 +105,74 @@ class Model:
         slots: Slots | None = None,
         *,
         link: Link | None = None,
+        eviction: str = "lru",
         seed: int = 0,
-        **policy: Any,
+        **policy: int,
     ) -> OffloadEngine:
         """An engine that keeps its plan.
 
         Args:
           slots: of the cache; None is one for every expert.
           link: instead of the device's own.
+          eviction: the rule.
           seed: of random eviction.
           policy: other fields of Policy.
         """
-        requested = Policy(mode="offload", slots=self.all_slots if slots is None else slots)
-        requested = dataclasses.replace(requested, **policy)
-        plan = make_plan(
+        slots = self.all_slots if slots is None else slots
+        requested = Policy(mode="offload", slots=slots, eviction=eviction, **policy)
+        return self._engine(self._plan(requested), link=link, seed=seed)
+
+    def engine_within(self, budget_bytes: int) -> OffloadEngine:
+        """An engine that makes a plan for every batch, within a budget."""
+
+        def replan(
+            batch_size: int,
+            num_positions: int,
+            chunk: int | None = None,
+            workspace_bytes: int | None = None,
+        ) -> Plan:
+            return self._plan(
+                Policy(mode="offload", prefill_chunk=chunk or 0),
+                batch_size=batch_size,
+                num_positions=num_positions,
+                workspace_bytes=workspace_bytes,
+                budget_bytes=budget_bytes,
+            )
+
+        return self._engine(replan(1, 16), replan=replan)
+
+    def smallest_budget(self, batch_size: int, num_positions: int) -> int:
+        """The smallest budget that works for such a batch."""
+        policy = Policy(mode="offload", slots=(0,) * self.num_layers, prefill_chunk=MIN_CHUNK)
+        plan = self._plan(policy, batch_size=batch_size, num_positions=num_positions)
+        return plan.device_bytes
+
+    def _plan(
+        self,
+        requested: Policy,
+        *,
+        batch_size: int = 1,
+        num_positions: int | None = None,
+        **more: Any,
+    ) -> Plan:
+        return make_plan(
             self.config,
             self.dtype,
             self.quant,
-            batch_size=1,
-            num_positions=self.config.max_position_embeddings,
+            batch_size=batch_size,
+            num_positions=num_positions or self.config.max_position_embeddings,
             requested=requested,
+            **more,
         )
+
+    def _engine(
+        self,
+        plan: Plan,
+        *,
+        link: Link | None = None,
+        seed: int = 0,
+        replan: Replan | None = None,
+    ) -> OffloadEngine:
         engine = OffloadEngine(
             self.config,
             self.parameters,
@@ -126,6 +182,7 @@ class Model:
             self.host,
             plan=plan,
             link=link or self.link(),
+            replan=replan,
             eviction=make_eviction(plan.policy.eviction, seed=seed),
         )
         engine.programs = self.programs
@@ -134,10 +191,27 @@ class Model:
     def link(self) -> DeviceLink:
         return DeviceLink(self.device, self.layout.dtype)
 
+    @functools.cached_property
     def resident(self) -> ResidentEngine:
+        """The engine in which all of it is on the device."""
         return ResidentEngine(
             self.config, self.parameters, self.dtype, self.device, self.quant, self.host
         )
+
+    def recorder(self) -> TraceRecorder:
+        return TraceRecorder(self.num_layers, self.num_experts, self.top_k)
+
+    def chosen_experts(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The experts that the model as a whole chooses: [T, L, K]."""
+        capacity = kv_cache.bucket_capacity(len(token_ids))
+        resident = self.resident
+        ids_LTK = _chosen_experts(
+            resident.parameters,
+            kv_cache.init_cache(self.config, 1, capacity, self.dtype, self.device),
+            resident.put(np.asarray(token_ids, np.int32)[None]),
+            **resident.static_arguments(len(token_ids)),
+        )
+        return np.stack(ids_LTK, axis=1)
 
     def least_staging(self, slots: Slots) -> int:
         """The fewest places of staging that go with these slots."""
@@ -202,6 +276,14 @@ def _model(
         parameters=tuple(parameters),
         programs=ProgramCache(jax.local_devices()[0]),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "quant", "host", "form"))
+def _chosen_experts(parameters, cache, token_ids_BL, *, config, dtype, quant, host, form):
+    model = rebuild(config, dtype, parameters, quant, host)
+    valid_BL = jnp.ones(token_ids_BL.shape, bool)
+    _, _, routings = model(token_ids_BL, jnp.zeros(1, jnp.int32), valid_BL, cache, form)
+    return [routing.expert_ids_TK for routing in routings]
 
 
 def some_tokens(model: Model, *shape: int, seed: int = 0) -> np.ndarray:
