@@ -1,5 +1,8 @@
 """What all scripts share: how they start, fail and are interrupted."""
 
+import _interrupt  # first: until it is there Ctrl-C shows a traceback
+
+# isort: split
 import contextlib
 import json
 import os
@@ -13,7 +16,6 @@ if TYPE_CHECKING:
     import jmoe
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_CLOSED_STDOUT = 141  # 128 + SIGPIPE
 
 
@@ -28,8 +30,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(lambda _: _main(main), flags_parser=_parse_flags)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        _exit(EXIT_INTERRUPTED)
+        _interrupt.leave()
     except BrokenPipeError:
         _exit(EXIT_CLOSED_STDOUT)
 
@@ -41,6 +42,7 @@ def _main(main: Callable[[], None]) -> None:
 
     from jmoe.errors import JmoeError
 
+    _interrupt.arm()
     try:
         main()
     except JmoeError as error:

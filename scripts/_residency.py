@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import _common
+import _interrupt
 import _model_flags
 
 import jmoe
@@ -50,11 +51,8 @@ def recording(
             )
         return llm
 
-    try:
-        yield load
-    finally:
+    def save() -> None:
         for llm in loaded:
-            llm.close()
             if routing_file is not None:
                 trace = llm.routing()
                 trace.save(routing_file)
@@ -62,3 +60,11 @@ def recording(
             if timeline is not None and timeline_file is not None:
                 timeline.save(timeline_file)
                 _common.note(f"timeline: {timeline_file} (open it in ui.perfetto.dev)")
+
+    _interrupt.last_words.append(save)
+    try:
+        yield load
+    finally:
+        for llm in loaded:
+            llm.close()
+        save()
