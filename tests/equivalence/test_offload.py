@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+import jmoe
 from tests.engines.offload_engines import (
     AlwaysWrong,
     Model,
@@ -13,6 +14,7 @@ from tests.engines.offload_engines import (
     random_model,
     some_tokens,
 )
+from tests.equivalence import measures
 
 NUM_TOKENS = 12  # of a sequence that is decoded
 PROMPT_TOKENS = 28  # two chunks
@@ -105,3 +107,40 @@ def test_the_cache_and_what_fills_it_change_no_bit_of_the_logits(name, slots, pr
     # Warm by now, in another way than before.
     np.testing.assert_array_equal(engine.logits(prompt_of(model)), prompt)
     engine.close()
+
+
+# Against the engine with everything on the device, whose step is one program.
+
+# Measured 2.6e-13 on one machine.
+MAX_RESIDENT_NMSE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def offloaded():
+    """The embedded model in float32, with room for some of its experts."""
+    llm = jmoe.load(dtype="float32", policy="offload", device_memory_gib=0.04)
+    slots = llm.plan.policy.num_slots
+    assert 0 < slots < llm.config.num_hidden_layers * llm.config.router.num_experts
+    yield llm
+    llm.close()
+
+
+def test_logits_are_those_of_the_resident_model_up_to_rounding(llm, offloaded):
+    (window,) = measures.eval_windows(llm.tokenizer, 100, 1)
+    token_ids = list(window.token_ids)
+    expected = llm.engine.logits(token_ids)
+    streamed = measures.nmse(offloaded.engine.logits(token_ids), expected)
+    decoded = measures.nmse(offloaded.engine.decode_logits(np.array([token_ids]))[0], expected)
+    assert max(streamed.max(), decoded.max()) <= MAX_RESIDENT_NMSE
+
+
+@pytest.mark.parametrize("options", [measures.GREEDY, measures.SAMPLED], ids=["greedy", "sampled"])
+def test_texts_are_those_of_the_resident_model(llm, offloaded, options):
+    options = options | {"max_new_tokens": 100, "seed": 5}
+    prompts = ["import os", "def read(self, size):\n    ", "class Error(Exception):\n"]
+    for prompt in (prompts[0], prompts):
+        results = [model.generate(prompt, **options) for model in (llm, offloaded)]
+        expected, got = ([r] if isinstance(r, jmoe.GenerationResult) else r for r in results)
+        assert [r.token_ids for r in got] == [r.token_ids for r in expected]
+        assert [r.text for r in got] == [r.text for r in expected]
+        assert all(len(r.token_ids) == 100 for r in got)
