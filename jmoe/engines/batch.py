@@ -100,7 +100,7 @@ class BatchRun:
                 self._prefill(pad_prompts(prompts, sum(shape.chunks)), lengths_B, seen_BV)
             self._decoding = self._explaining("decoding")
         except BaseException:
-            self.close()
+            self._steps.end()
             raise
 
     def _plan(self, kind: SamplingKind) -> BatchShape:
@@ -143,11 +143,10 @@ class BatchRun:
     def __iter__(self) -> Generator[np.ndarray, None, None]:
         try:
             yield from self._tokens()
-        except GeneratorExit:  # perhaps in a finalizer, on any thread, in the middle of anything
-            self._steps.end()
-            raise
         except BaseException:
-            self.close()
+            # Without waiting for the link: this may be Ctrl-C, or GeneratorExit in a finalizer, on
+            # any thread and in the middle of anything.
+            self._steps.end()
             raise
         self.close()
 

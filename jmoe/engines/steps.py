@@ -60,9 +60,9 @@ class Steps(Protocol):
         ...
 
     def end(self) -> None:
-        """Ends the batch, as far as that can be done in a finalizer: on any thread, at any time."""
+        """Ends the batch without waiting for anything: on any thread, at any time."""
         ...
 
     def close(self) -> None:
-        """Ends the batch; may be called again."""
+        """Ends the batch, and waits until nothing of it is under way; may be called again."""
         ...
