@@ -39,11 +39,11 @@ class DecodeLoop:
         # Of one token the experts are taken in its order, which the device knows.
         self._is_single = batch_size == 1
 
-    def compile(self, caches: Sequence[LayerCache], token_ids_B1: jax.ShapeDtypeStruct) -> None:
+    def compile(self, caches: Sequence[LayerCache], token_ids_B: jax.ShapeDtypeStruct) -> None:
         """Compiles the programs of all layers but the end of the last one."""
         model, batch_size = self._model, self._batch_size
         lengths_B = model.abstract((batch_size,), "int32")
-        valid_B1 = model.abstract((batch_size, 1), "bool")
+        valid_B = model.abstract((batch_size,), "bool")
         self.group = None if self._is_single else model.abstract((self._top_k,), "int32")
         self.blobs = (model.abstract_blob(),) * self._top_k
         self.routed = model.abstract_routed(batch_size, 1)
@@ -55,9 +55,9 @@ class DecodeLoop:
             model.layers[0],
             model.ahead(0),
             caches[0],
-            token_ids_B1,
+            token_ids_B,
             lengths_B,
-            valid_B1,
+            valid_B,
             layer=0,
         )
         self._next, self._next_after_some = [], []
@@ -76,7 +76,7 @@ class DecodeLoop:
                         model.ahead(layer),
                         caches[layer],
                         lengths_B,
-                        valid_B1,
+                        valid_B,
                         layer=layer,
                     )
                 )
@@ -94,9 +94,9 @@ class DecodeLoop:
         self,
         experts: Supply,
         caches: list[LayerCache],
-        token_ids_B1: jax.Array,
+        token_ids_B: jax.Array,
         start_B: jax.Array,
-        valid_B1: jax.Array,
+        valid_B: jax.Array,
         finish: Finish,
     ) -> jax.Array:
         """Takes one token of each sequence through the model.
@@ -104,16 +104,16 @@ class DecodeLoop:
         Args:
           experts: where they come from.
           caches: by layer; donated, and replaced by the new ones.
-          token_ids_B1: the tokens.
+          token_ids_B: the tokens.
           start_B: their positions.
-          valid_B1: sequences that are computed.
+          valid_B: sequences that are computed.
           finish: makes the result, after the last layer's router.
         """
         model = self._model
         timeline = experts.timeline
         self.choices = []
         routed, caches[0], choices = self._first(
-            model.ends, model.layers[0], model.ahead(0), caches[0], token_ids_B1, start_B, valid_B1
+            model.ends, model.layers[0], model.ahead(0), caches[0], token_ids_B, start_B, valid_B
         )
         dispatched = time.perf_counter()
         for layer in range(model.num_layers):
@@ -135,7 +135,7 @@ class DecodeLoop:
                     model.ahead(layer + 1),
                     caches[layer + 1],
                     start_B,
-                    valid_B1,
+                    valid_B,
                 )
                 dispatched = time.perf_counter()
                 del blobs  # or they would outlive their places

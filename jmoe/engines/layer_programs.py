@@ -87,9 +87,9 @@ def first_layer(
     layer: tuple[jax.Array, ...],
     ahead: tuple[tuple[jax.Array, ...], ...],
     cache: LayerCache,
-    token_ids_BL: Int[Array, "B L"],
+    token_ids_BL: Int[Array, "B ..."],
     start_B: Int[Array, " B"],
-    valid_BL: Bool[Array, "B L"],
+    valid_BL: Bool[Array, "B ..."],
     *,
     static: LayerStatic,
 ) -> tuple[Routed, LayerCache, Int[Array, "N T W"]]:
@@ -100,9 +100,9 @@ def first_layer(
       layer: parameters of the layer, without experts.
       ahead: likewise of the layers after it, whose experts are predicted.
       cache: of this layer.
-      token_ids_BL: the tokens.
+      token_ids_BL: the tokens; in a decode step [B].
       start_B: their first position, by sequence.
-      valid_BL: which of them are computed.
+      valid_BL: which of them are computed, of the same shape.
 
     Donates: cache.
 
@@ -110,6 +110,7 @@ def first_layer(
       The layer's state, its cache, and for the host the ids of the chosen experts, then those
       predicted for each later layer; -1 where there is none.
     """
+    token_ids_BL = token_ids_BL.reshape(start_B.shape[0], -1)
     x_BLD = _ends(ends, static).embed(token_ids_BL)
     return _attend_and_route(layer, ahead, cache, x_BLD, start_B, valid_BL, static)
 
@@ -124,7 +125,7 @@ def next_layer(
     ahead: tuple[tuple[jax.Array, ...], ...],
     cache: LayerCache,
     start_B: Int[Array, " B"],
-    valid_BL: Bool[Array, "B L"],
+    valid_BL: Bool[Array, "B ..."],
     *,
     static: LayerStatic,
 ) -> tuple[Routed, LayerCache, Int[Array, "N T W"]]:

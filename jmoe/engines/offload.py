@@ -240,8 +240,8 @@ class OffloadEngine(ExpertModel):
         caches = self._caches(batch_size, num_tokens)
         predictor = self.predictor or (GatePredictor(self.num_layers) if self.lookahead else None)
         loop = DecodeLoop(self, batch_size, predictor)
-        loop.compile(caches, self.abstract((batch_size, 1), "int32"))
-        valid_B1 = self.put(np.ones((batch_size, 1), bool))
+        loop.compile(caches, self.abstract((batch_size,), "int32"))
+        valid_B = self.put(np.ones(batch_size, bool))
 
         def finish(*experts: object) -> jax.Array:
             program = self.program(layer_programs.last_logits, *experts, self.ends, layer=0)
@@ -250,8 +250,8 @@ class OffloadEngine(ExpertModel):
         logits = []
         for position in range(num_tokens):
             start_B = self.put(np.full(batch_size, position, np.int32))
-            tokens_B1 = self.put(token_ids_BL[:, position : position + 1].astype(np.int32))
-            logits_BLV = loop.run(self.experts, caches, tokens_B1, start_B, valid_B1, finish)
+            tokens_B = self.put(token_ids_BL[:, position].astype(np.int32))
+            logits_BLV = loop.run(self.experts, caches, tokens_B, start_B, valid_B, finish)
             logits.append(np.asarray(logits_BLV)[:, 0])
         self.experts.settle()
         return np.stack(logits, axis=1)

@@ -108,7 +108,7 @@ class OffloadSteps:
             layer=0,
             kind=shape.kind,
         )
-        loop.compile(self._caches, model.abstract((batch_size, 1), "int32"))
+        loop.compile(self._caches, model.abstract((batch_size,), "int32"))
         ends = [None] if batch_size == 1 else [None, loop.y_TKD]
         self._last = [
             model.program(
@@ -232,7 +232,7 @@ class OffloadSteps:
             )
 
         token_ids_B, lengths_B, seen_BV = self._loop.run(
-            experts, caches, state.token_ids_B[:, None], state.lengths_B, active_B[:, None], finish
+            experts, caches, state.token_ids_B, state.lengths_B, active_B, finish
         )
         state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
         return state, token_ids_B
@@ -273,11 +273,11 @@ class OffloadSteps:
         return max(map(temporary_bytes, model.last_programs)) + outputs + states
 
     def end(self) -> None:
-        self._ended = True
+        self._ended, self._caches = True, []
 
     def close(self) -> None:
         if not self._ended:  # else the experts may be another batch's by now
-            self._ended, self._caches = True, []
+            self.end()
             self._model.experts.settle()
             self._residency = self._count()
 

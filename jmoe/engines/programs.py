@@ -197,6 +197,7 @@ def decode_step(
 CPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
+@functools.lru_cache(maxsize=256)  # asking takes milliseconds
 def temporary_bytes(program: jax.stages.Compiled) -> int:
     """Memory that a program takes beside arguments and results, as XLA says; 0 if it does not."""
     analysis = program.memory_analysis()

@@ -141,7 +141,7 @@ def next_layer(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
         (layer,),
         _layer_cache(static.config, batch_size),
         shape((batch_size,), jnp.int32),
-        shape((batch_size, 1), jnp.bool_),
+        shape((batch_size,), jnp.bool_),
     )
     return layer_programs.next_layer.lower(*h100.abstract(args), static=static)
 
