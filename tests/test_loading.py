@@ -11,6 +11,7 @@ from jmoe.errors import CapacityError, ConfigError, RequestError
 from jmoe.loading import EMBEDDED_MODEL
 from jmoe.models.decoder import abstract_parameters
 from jmoe.quant.spec import parse_spec
+from tests.resident_engine import resident_engine
 
 PROMPT = "def read(self, size):\n    "
 SMALL = json.loads(Path("configs/models/mixtral-8x7b.json").read_text()) | {
@@ -34,7 +35,7 @@ def shape(tmp_path_factory) -> Path:
 def test_a_model_is_quantized_as_it_is_loaded():
     llm = jmoe.load(quant="attn4-experts4", method="rtn", dtype="float32")
     expected = abstract_parameters(llm.config, "float32", parse_spec("attn4-experts4"))
-    got = [(p.shape, p.dtype) for p in llm.engine.parameters]
+    got = [(p.shape, p.dtype) for p in resident_engine(llm).parameters]
     assert got == [(p.shape, p.dtype) for p in expected.values()]
     assert llm.num_parameters == jmoe.load().num_parameters
     text = llm.generate(PROMPT, max_new_tokens=12, temperature=0).text
@@ -57,7 +58,7 @@ def test_random_weights_depend_on_the_seed_only(shape, quant):
         llm = jmoe.load(shape, random_weights=True, num_layers=1, quant=quant, seed=seed)
         assert llm.config.num_hidden_layers == 1
         assert np.isfinite(llm.engine.logits([1, 2, 3])).all()
-        return [np.asarray(p) for p in llm.engine.parameters]
+        return [np.asarray(p) for p in resident_engine(llm).parameters]
 
     first, same, other = parameters(0), parameters(0), parameters(1)
     assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))

@@ -17,6 +17,7 @@ import numpy as np
 
 import jmoe
 from tests.equivalence import embedded, measures, running
+from tests.resident_engine import resident_engine
 
 GOLDEN_FILE = Path(__file__).with_name("golden.json")
 
@@ -29,7 +30,7 @@ def compute(llm: jmoe.LLM) -> dict[str, Any]:
     prompts = []
     for text in PROMPTS:
         token_ids = llm.tokenizer.encode(text)
-        (continuation,) = running.greedy(llm.engine, [token_ids], measures.NEW_TOKENS)
+        (continuation,) = running.greedy(resident_engine(llm), [token_ids], measures.NEW_TOKENS)
         logits_LV = llm.engine.logits(token_ids + continuation[:-1])[len(token_ids) - 1 :]
         best_L2 = np.sort(logits_LV, axis=-1)[:, -2:]
         prompts.append(

@@ -43,6 +43,7 @@ def main() -> None:
     import numpy as np
 
     import jmoe
+    from tests.resident_engine import resident_engine
 
     directory, dtype = sys.argv[1:]
     jax.device_put(np.ones(1)).block_until_ready()  # starts the backend
@@ -50,7 +51,7 @@ def main() -> None:
     baseline_bytes = _status_bytes("VmRSS")
     CLEAR_REFS.write_text("5")  # the peak starts from here
     llm = jmoe.load(directory, dtype=dtype)
-    jax.block_until_ready(llm.engine.parameters)
+    jax.block_until_ready(resident_engine(llm).parameters)
     figures = {
         "baseline_bytes": baseline_bytes,
         "peak_bytes": _status_bytes("VmHWM"),

@@ -25,6 +25,7 @@ from tests.equivalence.checkpoints import RANDOM_MIXTRALS, write_large_mixtral
 from tests.equivalence.comparing import Pair
 from tests.equivalence.measures import LONG_PROMPT, PROMPT_LENGTHS, SAMPLED
 from tests.equivalence.reference import Reference
+from tests.resident_engine import resident_engine
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "tokenizers")
 FULL_WINDOW = 256  # what the embedded model was trained on
@@ -132,7 +133,7 @@ def same_text(llm: jmoe.LLM) -> None:
     print("## The same text however it is asked for\n")
     prompt = "def read(self, size):\n    "
     texts = [llm.generate(prompt, seed=7, **SAMPLED).text for _ in range(20)]
-    difference = embedded.batch_difference(llm.engine, llm.tokenizer, num_batches=20)
+    difference = embedded.batch_difference(resident_engine(llm), llm.tokenizer, num_batches=20)
     rows = [
         ("same seed, same text", of([text == texts[0] for text in texts])),
         ("positions run in batches of three unequal prompts and alone", difference.positions),

@@ -7,6 +7,7 @@ import pytest
 
 import jmoe
 from tests.equivalence import embedded, golden, measures
+from tests.resident_engine import resident_engine
 
 # Measured 4.8e-4 and 2.7e-5 on one machine (transformers in bfloat16: 5.6e-4 and 4.1e-5). The
 # mean is that of the few positions where rounding changes the choice of an expert.
@@ -46,7 +47,7 @@ def test_perplexity_is_the_recorded_one(expected, computed):
 
 def test_bfloat16_stays_close_to_float32(llm):
     windows = embedded.top1_windows(llm.tokenizer)
-    engine = jmoe.load(dtype="bfloat16").engine
+    engine = resident_engine(jmoe.load(dtype="bfloat16"))
     assert {parameter.dtype.name for parameter in engine.parameters} == {"bfloat16"}
     errors = np.concatenate(
         [

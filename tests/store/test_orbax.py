@@ -25,6 +25,7 @@ from jmoe.store.orbax import OrbaxSource, is_checkpoint, restore_parameters, sav
 from jmoe.store.quantize import quantized_parameters
 from jmoe.store.source import CheckpointSource
 from tests.models.configs import mixtral_json
+from tests.resident_engine import resident_engine
 
 
 def make(dtype="bfloat16", **changes):
@@ -312,7 +313,9 @@ def test_a_model_loads_and_converts_from_such_a_checkpoint(tmp_path):
 
     assert_same_bits(restore_parameters(directory), parameters)
     plain, embedded = (jmoe.load(model, dtype="bfloat16") for model in (directory, None))
-    for ours, theirs in zip(plain.engine.parameters, embedded.engine.parameters, strict=True):
+    for ours, theirs in zip(
+        resident_engine(plain).parameters, resident_engine(embedded).parameters, strict=True
+    ):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
     assert plain.tokenizer.encode("def main(") == embedded.tokenizer.encode("def main(")
 
