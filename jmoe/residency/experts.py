@@ -152,6 +152,7 @@ class DeviceExperts:
         self.pass_layer(layer)
         missing = [key for key in keys if key not in self.cache]
         try:
+            self._fetcher.demand([key for key in here if key not in self._arrays])
             missing = self._start(missing, lambda: None)
             for key in here:
                 yield key.expert, self._get(key), not missing
@@ -163,6 +164,9 @@ class DeviceExperts:
                 if key in kept:
                     self.cache.adopt(key)
             missing = self._start(missing, fence)  # in places of those that were here
+            if len(missing) == len(keys) - len(here) > 0:
+                self._land()
+                missing = self._start(missing, fence)
             started = [key for key in keys if key not in here and key in self.cache]
             while started:
                 key = started.pop(0)
@@ -188,6 +192,11 @@ class DeviceExperts:
         coming = [e for e in ranked if e not in resident]
         best = coming[: self.cache.num_free(layer)]
         return frozenset(ExpertKey(layer, expert) for expert in best)
+
+    def _land(self) -> None:
+        """Makes room when copies of other experts, which are under way, hold all of staging."""
+        self._fetcher.drain()
+        self._forget_absent()
 
     def _start(self, missing: list[ExpertKey], fence: Callable[[], None]) -> list[ExpertKey]:
         """Starts copies while there is room; returns those that have to wait."""
@@ -219,11 +228,15 @@ class DeviceExperts:
         self._fetcher.drain()
         if not cache.is_whole():
             cache.clear()
-        for key in cache.keys():  # noqa: SIM118  (a copy)
-            if key not in arrays:
-                cache.forget(key)
+        self._forget_absent()
         for key in [key for key in arrays if key not in cache]:
             del arrays[key]
+
+    def _forget_absent(self) -> None:
+        """Frees the places of experts whose copies will not come any more."""
+        for key in self.cache.keys():  # noqa: SIM118  (a copy)
+            if key not in self._arrays:
+                self.cache.forget(key)
 
     def counts(self) -> "Counts":
         """Counters so far; the difference of two is a ``Traffic``."""

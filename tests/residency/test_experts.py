@@ -1,5 +1,6 @@
 """Experts by name: arrays that are right, where they are kept, and how many there are at most."""
 
+import threading
 import time
 
 import jax
@@ -210,6 +211,29 @@ def test_a_wrong_prediction_that_waits_is_dropped_when_a_prompt_comes_to_it(held
     link.let_arrive(10)
     stream(experts, 1, [2, 3], wanted=[2, 3])
     assert ExpertKey(1, 4) not in experts.cache and len(link.started) == 2
+
+
+@pytest.mark.parametrize("use", [take, lambda *args: stream(*args, wanted=[])])
+def test_a_copy_that_began_just_when_it_was_called_off_is_asked_for_again(held, use):
+    link, experts = held
+    experts.predict([(1, [2])])
+    link.await_started(1)
+    assert not experts._fetcher.cancel(ExpertKey(1, 2))  # the race, without a race
+    link.let_arrive(2)
+    use(experts, 1, [2])
+
+
+def test_a_prompt_waits_for_copies_that_hold_all_of_staging():
+    link = HeldLink()
+    experts = make_experts(slots=3, num_staging=2, link=link)
+    experts.predict([(2, [0, 1])])
+    link.await_started(2)
+    timer = threading.Timer(0.05, link.let_arrive, [20])
+    timer.start()
+    stream(experts, 1, [0, 1, 2, 3, 4], wanted=[0, 1, 2, 3, 4])
+    assert experts.cache.resident(1) == (0, 1, 2)
+    timer.join()
+    experts.close()
 
 
 def test_a_prompt_may_be_left_in_the_middle():
