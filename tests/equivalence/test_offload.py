@@ -37,7 +37,10 @@ MODELS = {
         lambda: random_model("top 2 of 8", "int4"),
         ("1 layer ahead", "always wrong"),
     ),
-    "top 3 of 6, int8": (lambda: random_model("top 3 of 6, window", "int8"), tuple(PREFETCHES)),
+    "top 3 of 6, int8": (
+        lambda: random_model("top 3 of 6, window", "int8"),
+        ("off", "1 layer ahead", "always wrong"),
+    ),
     "top 3 of 6, bf16, host kernels": (
         lambda: random_model("top 3 of 6, window", "bf16", host_bits=8),
         ("off", "2 layers ahead"),
@@ -134,9 +137,8 @@ def test_logits_are_those_of_the_resident_model_up_to_rounding(llm, offloaded):
     assert max(streamed.max(), decoded.max()) <= MAX_RESIDENT_NMSE
 
 
-@pytest.mark.parametrize("options", [measures.GREEDY, measures.SAMPLED], ids=["greedy", "sampled"])
-def test_texts_are_those_of_the_resident_model(llm, offloaded, options):
-    options = options | {"max_new_tokens": 100, "seed": 5}
+def test_greedy_texts_are_those_of_the_resident_model(llm, offloaded):
+    options = measures.GREEDY | {"max_new_tokens": 100}
     prompts = ["import os", "def read(self, size):\n    ", "class Error(Exception):\n"]
     for prompt in (prompts[0], prompts):
         results = [model.generate(prompt, **options) for model in (llm, offloaded)]

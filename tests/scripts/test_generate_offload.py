@@ -97,20 +97,35 @@ def test_a_dry_run_prints_where_every_byte_goes():
     assert plan["device_bytes"] + plan["spare_bytes"] == plan["budget_bytes"]
 
 
-def test_a_dry_run_makes_no_weights(tmp_path):
-    """Which would be seen in the process's memory."""
+# Runs a script, and says afterwards how much memory that took: the kernel keeps the peak.
+_TELL_PEAK = """
+import atexit, re, runpy, sys
+status = "/proc/self/status"
+atexit.register(lambda: print(re.findall(r"VmHWM.*", open(status).read())[0], file=sys.stderr))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc")
+def test_a_dry_run_makes_no_weights():
     shape = ("--model=mixtral-8x7b", "--random_weights", "--num_layers=4", "--quant=int4")
-    flags = (*shape, "--device_memory_gib=2", "--dry_run", "--output=json")
-    with open(tmp_path / "plan", "wb") as file:
-        process = subprocess.Popen(
-            command("generate.py", *flags), stdout=file, env=environment(), cwd=ROOT
-        )
-        _, process.returncode, usage = os.wait4(process.pid, 0)
-    assert process.returncode == 0
-    plan = json.loads((tmp_path / "plan").read_text())["plan"]
+    python, *run = command("generate.py", *shape, "--device_memory_gib=2", "--dry_run")
+    result = subprocess.run(
+        [python, "-c", _TELL_PEAK, *run, "--output=json"],
+        capture_output=True,
+        env=environment(),
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    plan = json.loads(result.stdout)["plan"]
     assert plan["policy"]["mode"] == "offload"
     assert 1.9 * 2**30 < plan["device_bytes"] <= 2 * 2**30
-    assert usage.ru_maxrss * 2**10 < 2**30 < plan["host_bytes"]
+    peak_kib = re.search(rb"^VmHWM:\s+(\d+) kB$", result.stderr, re.MULTILINE)
+    assert peak_kib is not None
+    assert int(peak_kib[1]) * 2**10 < 2**30 < plan["host_bytes"]
 
 
 def test_a_policy_file_is_followed(resident, tmp_path):
@@ -192,9 +207,6 @@ def test_what_cannot_work_is_refused_before_it_starts(tmp_path):
         ((f"--trace_timeline={missing}", *OFFLOAD), "cannot be written"),
         ((f"--record_routing={missing}", *OFFLOAD), "cannot be written"),
         (("--trace_timeline=/dev/null", "--policy=resident"), "--policy=offload"),
-        (("--policy=fast",), "no such policy"),
-        (("--device_memory_gib=0",), "must be positive"),
-        (("--policy=host", "--device_memory_gib=1"), "with the policy host"),
         (("--policy=resident", "--device_memory_gib=0.02"), "allow 0.0945 GiB or more"),
     ):
         assert_one_error(run_script("generate.py", *flags, "--prompt=x"), *words)
