@@ -77,6 +77,8 @@ def _watch(read_end: int) -> None:
             time.sleep(RETRY_S)
             os.kill(os.getpid(), signal.SIGINT)
             continue
+        if byte[0] != signal.SIGINT:
+            continue
         num_received += 1
         time.sleep(NOTICE_S)
         if _num_noticed < num_received:

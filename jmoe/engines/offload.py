@@ -141,6 +141,11 @@ class OffloadEngine(ExpertModel):
         check_prompts(prompts, self.config, reserve=1)
         return BatchRun(self, prompts, options)
 
+    def plan_with(self, replan: Replan) -> None:
+        """Lets another one make the plans from the next batch on: for another budget, say."""
+        self._replan = replan
+        self._plans.clear()
+
     def reserve(self, shape: BatchShape) -> None:
         """Plans a batch, and gives the experts the places that are left (CapacityError)."""
         self._begin()
