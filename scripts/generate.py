@@ -52,7 +52,10 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the plan, where every byte goes, and end without reading weights."
 )
 _RECORD_ROUTING = flags.DEFINE_string(
-    "record_routing", None, "File (.npz) to write which experts were used to; see simulate.py."
+    "record_routing",
+    None,
+    "File (.npz) to write which experts were used to, for simulate.py. A resident model runs layer "
+    "by layer for it.",
 )
 _TRACE_TIMELINE = flags.DEFINE_string(
     "trace_timeline",

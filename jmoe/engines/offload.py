@@ -24,6 +24,7 @@ from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
+from jmoe.planning.policy import Policy
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.spec import QuantSpec
 from jmoe.residency.cache import SlotCache
@@ -103,16 +104,14 @@ class OffloadEngine(ExpertModel):
         self._plans: dict[BatchShape, Plan] = {}
         self._run: OffloadSteps | None = None
         self._closed = False
-        slots = policy.slots
-        assert slots is not None
-        smallest = 0 if isinstance(slots, int) else min(slots)
+        assert policy.slots is not None
         cache = SlotCache(
-            slots,
+            policy.slots,
             num_layers=config.num_hidden_layers,
             num_experts=config.router.num_experts,
             num_staging=policy.num_staging,
             eviction=eviction or make_eviction(policy.eviction),
-            min_free=max(0, config.router.top_k - smallest),
+            min_free=self._min_free(policy),
         )
         store = self.store  # the fetcher's thread must not refer to the engine
         self.experts = DeviceExperts(
@@ -188,6 +187,11 @@ class OffloadEngine(ExpertModel):
             self._plans[shape] = self._replan(*self._sizes(shape), chunk, workspace_bytes)
             self._adopt(self._plans[shape])
 
+    def _min_free(self, policy: Policy) -> int:
+        """Places of staging that a layer needs for experts that it has no slots for."""
+        smallest = min(policy.slots) if isinstance(policy.slots, tuple) else 0
+        return max(0, self.config.router.top_k - smallest)
+
     def _sizes(self, shape: BatchShape) -> tuple[int, int]:
         return shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
 
@@ -196,6 +200,7 @@ class OffloadEngine(ExpertModel):
         assert policy.slots is not None
         if (policy.slots, policy.num_staging) != (cache.slots, cache.num_staging):
             self.experts.resize(policy.slots, policy.num_staging)
+            cache.min_free = self._min_free(policy)
         self.plan = plan
 
     def steps(self, shape: BatchShape) -> OffloadSteps:
@@ -231,6 +236,7 @@ class OffloadEngine(ExpertModel):
             logits.append(np.asarray(program(routed, y_AD, self.ends))[0])
             start += size
         self.experts.settle()
+        self.last_programs.clear()
         return np.concatenate(logits)[: len(token_ids)]
 
     def decode_logits(self, token_ids_BL: np.ndarray) -> np.ndarray:
@@ -259,12 +265,14 @@ class OffloadEngine(ExpertModel):
             logits_BLV = loop.run(self.experts, caches, tokens_B, start_B, valid_B, finish)
             logits.append(np.asarray(logits_BLV)[:, 0])
         self.experts.settle()
+        self.last_programs.clear()
         return np.stack(logits, axis=1)
 
     def close(self) -> None:
         """Stops the thread that copies, and drops all experts; may be called again."""
         self._closed = True
         self.experts.close()
+        self.store.close()
 
     def _caches(self, batch_size: int, num_positions: int) -> list[kv_cache.LayerCache]:
         capacity = kv_cache.bucket_capacity(num_positions)

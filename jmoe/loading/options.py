@@ -40,6 +40,7 @@ class LoadOptions:
     timeline: Timeline | None = None
     link_gb_per_s: float | None = None
     link_latency_us: float = 0.0
+    check_memory: bool = True  # refuse what this machine's memory does not hold
 
     def __post_init__(self):
         if self.dtype not in ("auto", *DTYPES):

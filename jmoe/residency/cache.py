@@ -63,7 +63,7 @@ class SlotCache(Places):
             num_staging=num_staging,
             eviction=eviction,
         )
-        self._min_free = min_free
+        self.min_free = min_free
 
     def use(
         self, layer: int, experts: Sequence[int], busy: Collection[ExpertKey] = frozenset()
@@ -131,7 +131,7 @@ class SlotCache(Places):
         if entry is not None and (not entry.staged or entry.live):
             return None
         recyclable = self._recyclable(busy)
-        if len(self._free) + len(recyclable) <= self._min_free:
+        if len(self._free) + len(recyclable) <= self.min_free:
             return None
         if entry is not None:  # protected until its layer is used
             entry.live = True
