@@ -134,7 +134,7 @@ def _measure(
             contestants, repeats=settings.repeats, warmup=settings.warmup, progress=bar.update
         )
     for engine in engines.values():
-        engine.close()
+        engine.experts.close()  # not the engine, which would close the store of all
     computing = results.pop("computing")
     assert all(run.traffic is not None and not run.traffic.copies for run in computing)
     rows = []
@@ -202,7 +202,7 @@ def _draw(path: str, subject: OffloadSubject, rows: list[_Row]) -> None:
         }
         for slots in PAPER_SLOTS
     }
-    title = f"{subject.name}, a link of {gb_per_s:g} GB/s"
+    title = f"{subject.name}, a link of {gb_per_s:g} GB/s; naive moves all experts of each layer"
     try:
         with open(path, "w") as file:
             file.write(offload_plot.draw(title, ours))
