@@ -1,10 +1,13 @@
 """Set-up of the whole suite: annotated shapes are checked, and nothing reaches the network."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # noqa: F401  (named below)
@@ -17,9 +20,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", _programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(
     ["jmoe.quant", "jmoe.models", "jmoe.generation.sampling", "jmoe.engines.programs"],
     "tests.shape_checks.check",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Programs of a module's models are of no use to the next one, and add up to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
