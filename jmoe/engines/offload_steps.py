@@ -1,7 +1,6 @@
 """A batch in the offload engine: prompts layer by layer, then the loop over layers per token."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.engines import layer_programs
+from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.decode_loop import DecodeLoop
-from jmoe.engines.expert_model import ExpertModel, Supply
+from jmoe.engines.expert_model import Supply
 from jmoe.engines.prediction import GatePredictor, Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
@@ -21,7 +21,6 @@ from jmoe.models import kv_cache
 from jmoe.models.kv_cache import KVCache
 from jmoe.planning.memory import device_memory
 from jmoe.planning.traces import TraceRecorder
-from jmoe.residency.timeline import Timeline
 
 if TYPE_CHECKING:
     from jmoe.engines.offload import OffloadEngine
@@ -306,35 +305,3 @@ class OffloadSteps:
         model = self._model
         shape = (self._shape.batch_size, model.config.hidden_size)
         return model.put(np.zeros(shape, jnp.dtype(model.dtype)))
-
-
-class BlankExperts:
-    """Stands for a model's experts while its programs are run for the first time: all zeros."""
-
-    def __init__(self, model: ExpertModel):
-        self.timeline: Timeline | None = None
-        self._blob = model.zeros(model.abstract_blob())
-
-    def need(self, layer: int, experts: Sequence[int]) -> None:
-        pass
-
-    def predict(
-        self,
-        predictions: Iterable[tuple[int, Sequence[int]]],
-        fence: Callable[[], None] | None = None,
-    ) -> None:
-        pass
-
-    def pass_layer(self, layer: int) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
-
-    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
-        return [self._blob] * len(experts)
-
-    def stream(
-        self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
-    ) -> Iterator[tuple[int, jax.Array, bool]]:
-        return ((expert, self._blob, True) for expert in experts)

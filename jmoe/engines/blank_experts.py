@@ -1,0 +1,40 @@
+"""Experts of zeros, with which the programs of the offload engine are run for the first time."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+
+from jmoe.engines.expert_model import ExpertModel
+from jmoe.residency.timeline import Timeline
+
+
+class BlankExperts:
+    """Stands for a model's experts while its programs are run for the first time: all zeros."""
+
+    def __init__(self, model: ExpertModel):
+        self.timeline: Timeline | None = None
+        self._blob = model.zeros(model.abstract_blob())
+
+    def need(self, layer: int, experts: Sequence[int]) -> None:
+        pass
+
+    def predict(
+        self,
+        predictions: Iterable[tuple[int, Sequence[int]]],
+        fence: Callable[[], None] | None = None,
+    ) -> None:
+        pass
+
+    def pass_layer(self, layer: int) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
+        return [self._blob] * len(experts)
+
+    def stream(
+        self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
+    ) -> Iterator[tuple[int, jax.Array, bool]]:
+        return ((expert, self._blob, True) for expert in experts)
