@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -13,6 +14,11 @@ from jaxtyping import install_import_hook
 import tests.shape_checks  # noqa: F401  (named below)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what it runs in the background with Ctrl-C ignored: so would all scripts that tests
+# start from there be.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Most of the suite's time is compilation, often of the same programs: in many processes, too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -96,7 +96,7 @@ WEIGHTS = ("--model=mixtral-8x7b", "--random_weights", "--num_layers=1", "--quan
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, str]:
+def programs(tmp_path_factory) -> dict[str, str]:
     """Environment in which programs are compiled once, for what comes after that."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
@@ -129,13 +129,13 @@ def await_output(stream, word: bytes) -> bytes:
     ],
 )
 def test_ctrl_c_ends_the_script_with_130_at_once(
-    phase, flags, stream, word, delay_s, tmp_path, compiled
+    phase, flags, stream, word, delay_s, tmp_path, programs
 ):
     process = subprocess.Popen(
         command("generate.py", *flags),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(**({} if "compiling" in phase else compiled)),
+        env=environment(**({} if "compiling" in phase else programs)),
         cwd=tmp_path,
     )
     output = b""
@@ -205,7 +205,7 @@ def test_ctrl_c_where_python_cannot_be_interrupted(work, said, tmp_path):
     assert stdout == said and stderr == b"\n"
 
 
-def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path, compiled):
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path, programs):
     """As of commands in the background of a shell."""
     code = (
         "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -215,7 +215,7 @@ def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path, compiled):
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(**compiled),
+        env=environment(**programs),
         cwd=tmp_path,
     )
     await_output(process.stderr, b"prompt:")

@@ -1,6 +1,7 @@
 """The compiler for the H100, where it is installed."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,9 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Report]
     cases = [
         str(item.callspec.params["case"])
         for item in request.session.items
-        if isinstance(item, pytest.Function) and "compiled" in item.fixturenames
+        if Path(__file__).parent in item.path.parents
+        and isinstance(item, pytest.Function)
+        and "compiled" in item.fixturenames
     ]
     compilations = Compilations(dict.fromkeys(cases))
     yield compilations.report
