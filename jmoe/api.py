@@ -21,7 +21,7 @@ from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
 from jmoe.planning import sizes
 from jmoe.planning.plan import Plan
-from jmoe.planning.policy import Policy
+from jmoe.planning.policy import EngineChoice, Policy
 from jmoe.planning.traces import RoutingTrace
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
@@ -305,6 +305,8 @@ def load(
     activation_bits: int | None = None,
     threads: int = 0,
     policy: str | Policy = "auto",
+    engine: EngineChoice | None = None,
+    tokens_per_call: int | None = None,
     device_memory_gib: float | None = None,
     context: int | None = None,
     record_routing: bool = False,
@@ -342,6 +344,10 @@ def load(
       policy: "resident": all weights on the device; "offload": experts in host memory, and as many
         as there is room for on the device; "host": everything on the CPU; "auto": resident if
         that fits, else offload. Or a Policy, or the name of a file with one.
+      engine: with the policy offload, what takes decode steps: "thread", the host layer by layer,
+        with a thread that copies experts, which is the default; "compiled", one program that finds
+        and fetches experts itself; "auto", the faster of both on the first tokens.
+      tokens_per_call: that the engine compiled makes at once; 1 is the default.
       device_memory_gib: device memory to use, for weights, KV cache, workspace and experts. None
         has no end on the CPU backend, and is most of what is free on an accelerator.
       context: positions to plan for, prompt and new tokens; 1,024 if the model has so many. A
@@ -375,6 +381,8 @@ def load(
         revision=revision,
         progress=progress,
         policy=policy,
+        engine=engine,
+        tokens_per_call=tokens_per_call,
         device_memory_gib=device_memory_gib,
         context=context,
         record_routing=record_routing,
@@ -387,13 +395,13 @@ def load(
         found = find_model(model, options, device)
         tokenizer = Tokenizer.load(found.directory, vocab_size=found.config.vocab_size)
         defaults = GenerationDefaults.load(found.directory, found.config_json)
-        engine, notes = found.build()
+        made, notes = found.build()
     return LLM(
         name=found.name,
         directory=found.directory,
         tokenizer=tokenizer,
         defaults=defaults,
-        engine=engine,
+        engine=made,
         plan=found.plan,
         notes=notes,
         config_json=found.config_json,

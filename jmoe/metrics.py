@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Self
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,29 @@ class Traffic:
     useless_prefetches: int  # lost their place unused
     copies: int  # that arrived on the device
     copied_bytes: int
-    link_busy_s: float  # time that the link was occupied
-    stalled_s: float  # between asking for experts and the arrival of the last one that was needed
+    # Time that the link was occupied, and time between asking for experts and the arrival of the
+    # last one that was needed; None where a program fetches experts, into which nobody looks.
+    link_busy_s: float | None
+    stalled_s: float | None
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nothing happened."""
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: 0 for field in fields})
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            hits=self.hits + other.hits,
+            demand_loads=self.demand_loads + other.demand_loads,
+            prefetches=self.prefetches + other.prefetches,
+            useful_prefetches=self.useful_prefetches + other.useful_prefetches,
+            useless_prefetches=self.useless_prefetches + other.useless_prefetches,
+            copies=self.copies + other.copies,
+            copied_bytes=self.copied_bytes + other.copied_bytes,
+            link_busy_s=_sum_of_known(self.link_busy_s, other.link_busy_s),
+            stalled_s=_sum_of_known(self.stalled_s, other.stalled_s),
+        )
 
     @property
     def hit_rate(self) -> float:
@@ -29,13 +51,29 @@ class Traffic:
         return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}
 
 
+def _sum_of_known(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTraffic:
+    """What experts of one layer did in decode steps."""
+
+    hits: int
+    demand_loads: int
+    copied_bytes: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyStats:
     """Where experts were and what moved, of engines that move them.
 
     Attributes:
+      engine: "thread" or "compiled": what ran the last decode step.
+      engine_reason: why, if both were tried: the times of both; else None.
       prefill: what happened while prompts were read.
       decode: what happened in decode steps.
+      decode_by_layer: the same, of those that the compiled engine ran; else empty.
       recall: share of the experts that a layer chose among those predicted for it, by how many
         layers before, and by how many predictions per token: recall[distance - 1][number - 1].
       num_slots: places of experts that are kept, over all layers.
@@ -46,8 +84,11 @@ class ResidencyStats:
         that reports it, what it reports.
     """
 
+    engine: str
+    engine_reason: str | None
     prefill: Traffic
     decode: Traffic
+    decode_by_layer: tuple[LayerTraffic, ...]
     recall: tuple[tuple[float, ...], ...]
     num_slots: int
     num_staging: int

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 if TYPE_CHECKING:
     import jmoe
+    from jmoe.metrics import Traffic
 
 EXIT_BAD_INPUT = 2
 EXIT_CLOSED_STDOUT = 141  # 128 + SIGPIPE
@@ -119,8 +120,7 @@ def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
             f"{name}: {needed} experts needed, {traffic.hit_rate:.0%} there or on their way; "
             f"{traffic.demand_loads} demand loads; {traffic.prefetches} prefetches, "
             f"{traffic.useful_prefetches} useful; {traffic.copied_bytes / 2**20:,.1f} MiB moved; "
-            f"link busy {_share(traffic.link_busy_s, seconds)} of the time, "
-            f"waited for it {_share(traffic.stalled_s, seconds)}"
+            + _waits(traffic, seconds)
         )
     recall = ", ".join(
         f"{rates[-1]:.0%} {distance} layer{'s' * (distance > 1)} ahead"
@@ -133,7 +133,18 @@ def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
         + (f"; experts predicted: {recall}" if recall else "")
         + f"; {_bound(stats)}"
     )
+    if residency.engine_reason is not None:
+        lines.append(residency.engine_reason)
     return lines
+
+
+def _waits(traffic: "Traffic", seconds: float) -> str:
+    if traffic.link_busy_s is None or traffic.stalled_s is None:
+        return f"{traffic.copied_bytes / seconds / 1e9 if seconds else 0:,.2f} GB/s on average"
+    return (
+        f"link busy {_share(traffic.link_busy_s, seconds)} of the time, "
+        f"waited for it {_share(traffic.stalled_s, seconds)}"
+    )
 
 
 def _share(part: float, whole: float) -> str:
@@ -147,6 +158,8 @@ def _bound(stats: "jmoe.GenerationStats") -> str:
     decode = residency.decode
     if not stats.decode_s or not decode.copies:
         return "bound by computing: nothing was moved while decoding"
+    if decode.link_busy_s is None or decode.stalled_s is None:
+        return f"engine {residency.engine}: the program fetched experts itself"
     if decode.link_busy_s >= 0.8 * stats.decode_s:
         return "bound by the link: more slots, fewer bits or a faster link would help"
     if decode.stalled_s >= 0.3 * stats.decode_s:

@@ -67,6 +67,20 @@ POLICY = flags.DEFINE_string(
     "auto (resident if all fits into the device memory, else offload), resident, offload (experts "
     "in host memory, as many as fit on the device), host (all on the CPU), or a policy file.",
 )
+ENGINE = flags.DEFINE_enum(
+    "engine",
+    None,
+    ["auto", "thread", "compiled"],
+    "With the policy offload, what takes decode steps: thread (the default), the host layer by "
+    "layer, with a thread that copies experts; compiled, one program that finds and fetches "
+    "experts itself; auto, the faster of both on the first tokens. See docs/engines.md.",
+)
+TOKENS_PER_CALL = flags.DEFINE_integer(
+    "tokens_per_call",
+    None,
+    "Tokens that the engine compiled makes before the host sees them. Default: 1.",
+    lower_bound=1,
+)
 DEVICE_MEMORY_GIB = flags.DEFINE_float(
     "device_memory_gib",
     None,
@@ -108,6 +122,8 @@ def arguments() -> dict[str, Any]:
         "activation_bits": ACTIVATION_BITS.value and int(ACTIVATION_BITS.value),
         "threads": THREADS.value or 0,
         "policy": POLICY.value,
+        "engine": ENGINE.value,
+        "tokens_per_call": TOKENS_PER_CALL.value,
         "device_memory_gib": DEVICE_MEMORY_GIB.value,
         "context": CONTEXT.value,
         "link_gb_per_s": LINK_GB_PER_S.value,

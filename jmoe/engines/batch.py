@@ -17,7 +17,7 @@ from jmoe.config import ModelConfig
 from jmoe.engines.memory import ExplainShortage
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.prompts import pad_prompts
-from jmoe.engines.steps import BatchShape, Steps
+from jmoe.engines.steps import BatchShape, Ending, Steps
 from jmoe.generation.options import GenerationOptions
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
@@ -88,12 +88,14 @@ class BatchRun:
                 repetition_penalty=put(np.float32(options.repetition_penalty)),
             ),
         )
+        lengths = [len(p) + n for p, n in zip(prompts, self.max_new_tokens, strict=True)]
+        ending = Ending(tuple(options.stop_token_ids), np.array(lengths))
         before = model.programs.num_compiled
         stopwatch = Stopwatch()
         self._steps = model.steps(shape)
         try:
             with stopwatch, self._explaining("making a KV cache and compiling", copies=False):
-                self._steps.prepare(lengths_B, self._active_B, sampling)
+                self._steps.prepare(lengths_B, self._active_B, sampling, ending)
             self._num_compiled = model.programs.num_compiled - before
             self._compile_s = stopwatch.seconds
             with self._explaining("prefilling"):
@@ -171,7 +173,7 @@ class BatchRun:
             if ahead and started < self._longest():
                 following, started = self._dispatch(), started + 1
             with self._decoding:
-                token_ids_B = np.asarray(pending)
+                token_ids_B = np.asarray(pending).reshape(-1)
             pending = following
             now = time.perf_counter()
             self._decode_s, since = self._decode_s + now - since, now
@@ -181,10 +183,9 @@ class BatchRun:
         pairs = zip(self._active, self.max_new_tokens, strict=True)
         return max((limit for active, limit in pairs if active), default=0)
 
-    def _dispatch(self) -> jax.Array:
+    def _dispatch(self) -> jax.Array | np.ndarray:
         with self._decoding:
             self._state, token_ids_B = self._steps.step(self._state, self._active_B)
-            token_ids_B.copy_to_host_async()
         return token_ids_B
 
     def finish(self, sequence: int) -> None:

@@ -21,23 +21,28 @@ from jmoe.residency.experts import MAX_IN_FLIGHT, DeviceExperts
 from jmoe.residency.timeline import Timeline
 
 
-class Supply(Protocol):
-    """Where the programs of a model get experts from: ``DeviceExperts``, which explains it."""
+class PromptSupply(Protocol):
+    """Where prompts get experts from: ``DeviceExperts``, which explains it, or another one."""
 
-    timeline: Timeline | None
-
-    def need(self, layer: int, experts: Sequence[int]) -> None: ...
     def predict(
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],
         fence: Callable[[], None] | None = None,
     ) -> None: ...
-    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]: ...
-    def pass_layer(self, layer: int) -> None: ...
-    def release(self) -> None: ...
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
     ) -> Iterator[tuple[int, jax.Array, bool]]: ...
+
+
+class Supply(PromptSupply, Protocol):
+    """And decode steps in a loop over layers."""
+
+    @property
+    def timeline(self) -> Timeline | None: ...
+    def need(self, layer: int, experts: Sequence[int]) -> None: ...
+    def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]: ...
+    def pass_layer(self, layer: int) -> None: ...
+    def release(self) -> None: ...
 
 
 class ExpertModel:

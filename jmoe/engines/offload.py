@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
-from jmoe.engines import layer_programs
+from jmoe.engines import compiled_decoder, layer_programs
 from jmoe.engines.batch import BatchRun
+from jmoe.engines.contest import Contest, EngineName
 from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import ExpertModel
 from jmoe.engines.memory import remedy, smaller_plan
@@ -17,9 +18,10 @@ from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.prompt_stream import PromptStream
 from jmoe.engines.prompts import check_prompts, pad_prompts
 from jmoe.engines.steps import BatchShape
-from jmoe.errors import RequestError
+from jmoe.errors import RequestError, TransferError
 from jmoe.generation.options import GenerationOptions
 from jmoe.models import kv_cache
+from jmoe.models.kv_cache import KVCache
 from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 from jmoe.planning.memory import available_host_bytes
@@ -27,10 +29,13 @@ from jmoe.planning.plan import Plan
 from jmoe.planning.policy import Policy
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.spec import QuantSpec
+from jmoe.residency.array_cache import CacheStatic
 from jmoe.residency.cache import SlotCache
 from jmoe.residency.eviction import Eviction, make_eviction
 from jmoe.residency.experts import DeviceExperts
 from jmoe.residency.link import Link
+from jmoe.residency.slot_array import SlotArray, host_arrays
+from jmoe.residency.switching import SwitchingExperts
 from jmoe.residency.timeline import Timeline
 from jmoe.store.expert_store import ExpertStore
 
@@ -63,6 +68,9 @@ class OffloadEngine(ExpertModel):
     Attributes:
       plan: where the bytes of the current batch go.
       store: the experts in host memory.
+      places: the experts on the device, and how decode steps see them.
+      host_blobs: by layer the experts in host memory, as programs read them; empty if none does.
+      notes: what was decided while it was made, a sentence each.
       recorder: told which experts are chosen; None does not record.
       predictor: of experts; None takes what the routers say.
     """
@@ -100,8 +108,8 @@ class OffloadEngine(ExpertModel):
         self.store = store or _store(self)
         self.host_layers.clear()  # which the store may move
         self._replan = replan
-        # As compiled, by batch.
-        self._plans: dict[BatchShape, Plan] = {}
+        # As compiled, by batch, and for which workspace.
+        self._plans: dict[BatchShape, tuple[Plan, int]] = {}
         self._run: OffloadSteps | None = None
         self._closed = False
         assert policy.slots is not None
@@ -114,9 +122,26 @@ class OffloadEngine(ExpertModel):
             min_free=self._min_free(policy),
         )
         store = self.store  # the fetcher's thread must not refer to the engine
+        self.notes: list[str] = []
+        self._contests: dict[int, Contest] = {}  # by sequences at once
+        self.host_blobs = self._host_arrays()
         self.experts = DeviceExperts(
             link, lambda key: store.layer(key.layer)[key.expert], cache, timeline
         )
+        self.places = SwitchingExperts(
+            self.experts,
+            self.layout.num_bytes,
+            config.router.top_k,
+            self._make_slots if self.host_blobs else None,
+            policy.eviction,
+        )
+        if policy.engine == "compiled" and self.host_blobs:
+            self.places.move_into_slots()
+
+    @property
+    def slots(self) -> SlotArray | None:
+        """What decode steps that are one program use; None if they are not."""
+        return self.places.slots
 
     def longest_chunk(self, batch_size: int, num_positions: int) -> int:
         """Longest piece in which prompts of such a batch are prefilled (CapacityError)."""
@@ -149,7 +174,13 @@ class OffloadEngine(ExpertModel):
         """Plans a batch, and gives the experts the places that are left (CapacityError)."""
         self._begin()
         if self._replan is not None:
-            self._adopt(self._plans.get(shape) or self._replan(*self._sizes(shape)))
+            planned = self._plans.get(shape)
+            self._adopt(planned[0] if planned else self._replan(*self._sizes(shape)))
+        if self.plan.policy.engine == "auto" and self.places.static is not None:
+            contest = self._contests.setdefault(
+                shape.batch_size, Contest(self.plan.policy.tokens_per_call)
+            )
+            self.decode_by(contest.running)
 
     def remedy(self, shape: BatchShape) -> str:
         """What to do if the device has no memory for a batch."""
@@ -171,7 +202,7 @@ class OffloadEngine(ExpertModel):
             raise RequestError("the model was closed", do="load it again")
         if self._run is not None:
             self._run.end()
-        self.experts.settle()
+        self.places.settle()
         if self._run is not None:
             self._run.free()
             self._run = None
@@ -182,10 +213,28 @@ class OffloadEngine(ExpertModel):
         Raises:
           CapacityError: it does not fit into the budget.
         """
-        if self._replan is not None and shape not in self._plans:
+        planned = self._plans.get(shape)
+        if self._replan is not None and (planned is None or planned[1] < workspace_bytes):
             chunk = self.longest_chunk(*self._sizes(shape))
-            self._plans[shape] = self._replan(*self._sizes(shape), chunk, workspace_bytes)
-            self._adopt(self._plans[shape])
+            plan = self._replan(*self._sizes(shape), chunk, workspace_bytes)
+            self._plans[shape] = plan, workspace_bytes
+            self._adopt(plan)
+
+    def decode_by(self, engine: EngineName) -> None:
+        """Says how the next decode steps are taken; experts on the device move if that changes."""
+        if engine == "compiled":
+            self.places.move_into_slots()
+        else:
+            self.places.move_into_arrays()
+
+    def engine_reason(self, batch_size: int) -> str | None:
+        """Which engine such batches decode by, and the times of both, once they are known."""
+        contest = self._contests.get(batch_size)
+        return str(contest) if contest is not None and contest.is_over else None
+
+    @property
+    def decodes_by(self) -> EngineName:
+        return "compiled" if self.places.in_slots else "thread"
 
     def _min_free(self, policy: Policy) -> int:
         """Places of staging that a layer needs for experts that it has no slots for."""
@@ -196,15 +245,30 @@ class OffloadEngine(ExpertModel):
         return shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
 
     def _adopt(self, plan: Plan) -> None:
-        policy, cache = plan.policy, self.experts.cache
+        policy = plan.policy
         assert policy.slots is not None
-        if (policy.slots, policy.num_staging) != (cache.slots, cache.num_staging):
-            self.experts.resize(policy.slots, policy.num_staging)
-            cache.min_free = self._min_free(policy)
         self.plan = plan
+        self.places.resize(policy.slots, policy.num_staging)
+        self.experts.cache.min_free = self._min_free(policy)
+
+    def _host_arrays(self) -> tuple[jax.Array, ...]:
+        """Experts in host memory as programs read them, if any is to."""
+        if self.plan.policy.engine == "thread":
+            return ()
+        try:
+            return host_arrays(self.store, self.device)
+        except TransferError as error:
+            self.notes.append(f"engine thread, not compiled: {error.what} ({error.got})")
+            return ()
+
+    def _make_slots(self, static: CacheStatic) -> SlotArray:
+        return SlotArray(static, self.layout, self.device, self.host_blobs)
 
     def steps(self, shape: BatchShape) -> OffloadSteps:
-        self._run = OffloadSteps(self, shape, self.recorder, self.predictor)
+        contest = self._contests.get(shape.batch_size)
+        if contest is not None and (contest.is_over or self.places.static is None):
+            contest = None
+        self._run = OffloadSteps(self, shape, self.recorder, self.predictor, contest)
         return self._run
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -226,7 +290,7 @@ class OffloadEngine(ExpertModel):
             stream.compile(size)
             valid_BL = (start + np.arange(size) < len(token_ids))[None]
             routed, y_AD = stream.run(
-                self.experts,
+                self.places.supply,
                 caches,
                 self.put(padded_BL[:, start : start + size]),
                 self.put(np.array([start], np.int32)),
@@ -249,6 +313,9 @@ class OffloadEngine(ExpertModel):
         check_prompts(token_ids_BL.tolist(), self.config)
         self._begin()
         caches = self._caches(batch_size, num_tokens)
+        if self.places.in_slots:
+            self.places.begin()
+            return compiled_decoder.score(self, KVCache(tuple(caches)), token_ids_BL)
         predictor = self.predictor or (GatePredictor(self.num_layers) if self.lookahead else None)
         loop = DecodeLoop(self, batch_size, predictor)
         loop.compile(caches, self.abstract((batch_size,), "int32"))
@@ -271,7 +338,7 @@ class OffloadEngine(ExpertModel):
     def close(self) -> None:
         """Stops the thread that copies, and drops all experts; may be called again."""
         self._closed = True
-        self.experts.close()
+        self.places.close()
         self.store.close()
 
     def _caches(self, batch_size: int, num_positions: int) -> list[kv_cache.LayerCache]:

@@ -1,5 +1,6 @@
-"""A batch in the offload engine: prompts layer by layer, then the loop over layers per token."""
+"""A batch in the offload engine: prompts layer by layer, then decode steps in one of two ways."""
 
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,15 @@ import numpy as np
 
 from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
-from jmoe.engines.decode_loop import DecodeLoop
-from jmoe.engines.expert_model import Supply
-from jmoe.engines.prediction import GatePredictor, Predictor, Recall
+from jmoe.engines.compiled_decoder import CompiledDecoder
+from jmoe.engines.contest import Contest
+from jmoe.engines.prediction import Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
-from jmoe.engines.steps import BatchShape, Sampling
+from jmoe.engines.steps import BatchShape, Decoder, Ending, Sampling
+from jmoe.engines.thread_decoder import ThreadDecoder
 from jmoe.errors import RequestError
-from jmoe.metrics import ResidencyStats
+from jmoe.metrics import ResidencyStats, Traffic
 from jmoe.models import kv_cache
 from jmoe.models.kv_cache import KVCache
 from jmoe.planning.memory import device_memory
@@ -29,29 +31,35 @@ if TYPE_CHECKING:
 class OffloadSteps:
     """See ``steps.Steps``."""
 
-    runs_ahead = False  # the host works along: the next token would only delay this one
-
     def __init__(
         self,
         model: "OffloadEngine",
         shape: BatchShape,
         recorder: TraceRecorder | None = None,
         predictor: Predictor | None = None,
+        contest: Contest | None = None,
     ):
         """Args:
         model: whose experts nobody else uses until ``close``.
         shape: of the batch.
         recorder: told which experts were chosen.
         predictor: of experts; None takes what the routers say.
+        contest: between both engines, that goes on in this batch.
         """
         self._model = model
         self._shape = shape
         self._recorder = recorder
-        if predictor is None and model.lookahead:
-            predictor = GatePredictor(model.num_layers)
-        self._loop = DecodeLoop(model, shape.batch_size, predictor)
+        self._contest = contest
+        self._decoders: dict[str, Decoder] = {}
+        if contest is not None or model.decodes_by == "thread":
+            self._decoders["thread"] = ThreadDecoder(model, shape, predictor)
+        if contest is not None or model.decodes_by == "compiled":
+            num_tokens = model.plan.policy.tokens_per_call
+            self._decoders["compiled"] = CompiledDecoder(model, shape, num_tokens)
+        self.runs_ahead = contest is None and self._decoder.runs_ahead and recorder is None
         self._recall = Recall(model.lookahead, model.num_predicted)
-        self._started = self._prefilled = model.experts.counts()
+        self._prefill = self._decode = Traffic.none()
+        self._since = model.places.counts()
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._ended = False
@@ -60,7 +68,13 @@ class OffloadSteps:
         # While the caller keeps it, it is on the device.
         self._state: weakref.ref[DecodeState] | None = None
 
-    def prepare(self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling) -> None:
+    @property
+    def _decoder(self) -> Decoder:
+        return self._decoders[self._model.decodes_by]
+
+    def prepare(
+        self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None:
         model, shape = self._model, self._shape
         self._sampling = sampling
         cache = kv_cache.init_cache(
@@ -70,14 +84,27 @@ class OffloadSteps:
         self._stream = PromptStream(model, shape.batch_size, self._caches)
         before = model.programs.num_compiled
         model.last_programs.clear()
-        self._compile(lengths_B, active_B)
-        self._workspace_bytes = self._find_workspace_bytes()
-        model.fit(shape, self._workspace_bytes)
+        self._compile_prompts(lengths_B)
+        arguments = (cache, active_B, sampling, ending)
+        for name, decoder in self._decoders.items():
+            if name == "thread":  # whose programs do not depend on the number of slots
+                decoder.compile(*arguments)
+        self._fit()
+        if compiled := self._decoders.get("compiled"):
+            compiled.compile(*arguments)  # for the slots that there are now
+            if self._find_workspace_bytes() > self._workspace_bytes:
+                self._fit()
+                compiled.compile(*arguments)
         if model.programs.num_compiled > before:
-            self._warm_up()
+            self._warm_up(active_B)
 
-    def _compile(self, lengths_B: jax.Array, active_B: jax.Array) -> None:
-        model, shape, loop = self._model, self._shape, self._loop
+    def _fit(self) -> None:
+        """Fits slots into what the programs leave of the budget."""
+        self._workspace_bytes = self._find_workspace_bytes()
+        self._model.fit(self._shape, self._workspace_bytes)
+
+    def _compile_prompts(self, lengths_B: jax.Array) -> None:
+        model, shape = self._model, self._shape
         batch_size, hidden = shape.batch_size, model.config.hidden_size
         seen_BV = None
         if shape.kind.penalized:
@@ -107,27 +134,8 @@ class OffloadSteps:
             layer=0,
             kind=shape.kind,
         )
-        loop.compile(self._caches, model.abstract((batch_size,), "int32"))
-        ends = [None] if batch_size == 1 else [None, loop.y_TKD]
-        self._last = [
-            model.program(
-                layer_programs.last_experts,
-                loop.blobs,
-                loop.group,
-                loop.routed,
-                y_TKD,
-                model.ends,
-                lengths_B,
-                active_B,
-                seen_BV,
-                *self._sampling,
-                layer=0,
-                kind=shape.kind,
-            )
-            for y_TKD in ends
-        ]
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, active_B: jax.Array) -> None:
         """Runs the programs once, with experts of zeros: backends finish a program then.
 
         What that leaves in the KV cache is overwritten before it is read.
@@ -151,8 +159,7 @@ class OffloadSteps:
             model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
         )
         state = DecodeState(KVCache(tuple(self._caches)), lengths_B, token_ids_B, seen_BV)
-        state, token_ids_B = self._step(blanks, state, model.put(np.ones(batch_size, bool)))
-        token_ids_B.block_until_ready()
+        state = self._decoder.warm_up(state, active_B)  # of a contest the other one comes later
         self._caches = list(state.cache.layers)
         self._stream.forget()
 
@@ -161,14 +168,14 @@ class OffloadSteps:
     ) -> tuple[DecodeState, jax.Array]:
         self._check_open()
         model = self._model
-        self._started = model.experts.counts()
-        model.experts.peak_places = len(model.experts.cache)
+        model.places.begin()
+        self._since = model.places.counts()
         lengths = np.asarray(lengths_B)
         hidden_BD, caches, start = self._empty_hidden(), self._caches, 0
         for size in self._shape.chunks:
             valid_BL = start + np.arange(size) < lengths[:, None]
             routed, y_AD = self._stream.run(
-                model.experts,
+                model.places.supply,
                 caches,
                 model.put(padded_BL[:, start : start + size]),
                 model.put(np.full(len(lengths), start, np.int32)),
@@ -183,7 +190,7 @@ class OffloadSteps:
         )
         self._caches = []
         token_ids_B.block_until_ready()
-        self._prefilled = model.experts.counts()
+        self._prefill = self._count()
         state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
         self._state = weakref.ref(state)
         return state, token_ids_B
@@ -197,58 +204,62 @@ class OffloadSteps:
             ):
                 self._recorder.add_prompt(chosen[valid_L], sequence)
 
-    def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+    def step(
+        self, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array | np.ndarray]:
         self._check_open()
-        result = self._step(self._model.experts, state, active_B)
-        self._state = weakref.ref(result[0])
-        choices_LNTW = np.stack(self._loop.choices)
+        start = time.perf_counter()
+        state, token_ids_B, choices_LNTW = self._decoder.step(state, active_B)
+        self._state = weakref.ref(state)
+        if self._contest is not None:
+            token_ids_B = np.asarray(token_ids_B)
+            self._note_time(self._contest, time.perf_counter() - start)
+        if choices_LNTW is not None:
+            self._note_choices(choices_LNTW)
+        return state, token_ids_B
+
+    def _note_time(self, contest: Contest, seconds: float) -> None:
+        """Lets the other engine go on, if it is its turn now."""
+        contest.note(seconds)
+        if contest.running != self._model.decodes_by:
+            self._decode += self._count()
+            self._model.decode_by(contest.running)
+            self._since = self._model.places.counts()  # without what was moved for this
+        if contest.is_over:
+            self._contest = None
+
+    def _note_choices(self, choices_LNTW: np.ndarray) -> None:
         chosen_LTK = choices_LNTW[:, 0, :, : self._model.config.router.top_k]
         predicted_LNTW = choices_LNTW[:, 1:]
-        self._recall.add(chosen_LTK, predicted_LNTW)
+        if predicted_LNTW.shape[1]:
+            self._recall.add(chosen_LTK, predicted_LNTW)
         if self._recorder is not None:
             for t, sequence in enumerate(self._recorded):
                 if chosen_LTK[0, t, 0] >= 0:
                     self._recorder.add_decode(chosen_LTK[:, t], predicted_LNTW[:, :, t], sequence)
-        return result
-
-    def _step(
-        self, experts: Supply, state: DecodeState, active_B: jax.Array
-    ) -> tuple[DecodeState, jax.Array]:
-        model = self._model
-        caches = list(state.cache.layers)
-
-        def finish(blobs, group, routed, y_TKD):
-            return self._last[y_TKD is not None](
-                blobs,
-                group,
-                routed,
-                y_TKD,
-                model.ends,
-                state.lengths_B,
-                active_B,
-                state.seen_BV,
-                *self._sampling,
-            )
-
-        token_ids_B, lengths_B, seen_BV = self._loop.run(
-            experts, caches, state.token_ids_B, state.lengths_B, active_B, finish
-        )
-        state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
-        return state, token_ids_B
 
     def residency(self) -> ResidencyStats:
-        return self._residency or self._count()
+        return self._residency or self._stats()
 
-    def _count(self) -> ResidencyStats:
+    def _count(self) -> Traffic:
+        """What happened since this was asked last."""
+        since, self._since = self._since, self._model.places.counts()
+        return self._since - since
+
+    def _stats(self) -> ResidencyStats:
         model = self._model
-        cache = model.experts.cache
+        self._decode += self._count()
+        policy = model.plan.policy
         return ResidencyStats(
-            prefill=self._prefilled - self._started,
-            decode=model.experts.counts() - self._prefilled,
+            engine=model.decodes_by,
+            engine_reason=model.engine_reason(self._shape.batch_size),
+            prefill=self._prefill,
+            decode=self._decode,
+            decode_by_layer=model.places.counts_by_layer(),
             recall=self._recall.rates(),
-            num_slots=cache.num_places - cache.num_staging,
-            num_staging=cache.num_staging,
-            peak_places=model.experts.peak_places,
+            num_slots=policy.num_slots,
+            num_staging=policy.num_staging,
+            peak_places=model.places.peak_places,
             expert_bytes=model.layout.num_bytes,
             peak_device_bytes=self._peak_bytes(),
         )
@@ -259,7 +270,7 @@ class OffloadSteps:
         reported = device_memory(model.device).peak_bytes
         if reported is not None:
             return reported
-        experts_bytes = model.experts.peak_places * model.layout.num_bytes
+        experts_bytes = model.places.peak_places * model.layout.num_bytes
         kv_bytes = kv_cache.cache_bytes(model.config, shape.batch_size, shape.capacity, model.dtype)
         return model.parameter_bytes + experts_bytes + kv_bytes + self._workspace_bytes
 
@@ -277,8 +288,8 @@ class OffloadSteps:
     def close(self) -> None:
         if not self._ended:  # else the experts may be another batch's by now
             self.end()
-            self._model.experts.settle()
-            self._residency = self._count()
+            self._model.places.settle()
+            self._residency = self._stats()
 
     def free(self) -> None:
         """Frees the KV cache of a batch that has ended, although its caller still has it.

@@ -232,7 +232,7 @@ class ProgramCache:
           **static: its static arguments.
         """
         leaves, structure = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        shapes = tuple((leaf.shape, str(leaf.dtype), _memory_kind(leaf)) for leaf in leaves)
         key = (program, shapes, structure, *sorted(static.items()))
         if key not in self._programs:
             abstract = jax.tree.map(self._abstract, args)
@@ -241,4 +241,13 @@ class ProgramCache:
         return self._programs[key]
 
     def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding)
+        sharding, kind = self._sharding, _memory_kind(leaf)
+        if kind is not None:
+            sharding = sharding.with_memory_kind(kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    """Of arrays in host memory, which programs are compiled for; None is the device's own."""
+    kind = leaf.sharding.memory_kind if isinstance(leaf, jax.Array) else None
+    return kind if kind == "pinned_host" else None

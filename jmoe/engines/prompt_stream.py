@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jmoe.engines import layer_programs
-from jmoe.engines.expert_model import ExpertModel, Supply
+from jmoe.engines.expert_model import ExpertModel, PromptSupply
 from jmoe.engines.prediction import by_votes
 from jmoe.models.kv_cache import LayerCache
 
@@ -47,7 +47,7 @@ class PromptStream:
 
     def run(
         self,
-        experts: Supply,
+        experts: PromptSupply,
         caches: list[LayerCache],
         token_ids_BL: jax.Array,
         start_B: jax.Array,
@@ -97,7 +97,7 @@ class PromptStream:
 
     def _apply_experts(
         self,
-        experts: Supply,
+        experts: PromptSupply,
         layer: int,
         choices_NTW: np.ndarray,
         routed: layer_programs.Routed,
@@ -190,9 +190,9 @@ class _ChunkPrograms:
         return self._put(padded_R), self._rows[num_rows]
 
     def run_every_bucket(
-        self, experts: Supply, routed: layer_programs.Routed, y_AD: jax.Array
+        self, experts: PromptSupply, routed: layer_programs.Routed, y_AD: jax.Array
     ) -> jax.Array:
-        (blob,) = experts.take(0, [0])
+        ((_, blob, _),) = experts.stream(0, [0], (), lambda: None)
         for num_rows, apply in self._rows.items():
             rows_R = self._put(np.full(num_rows, self._num_assignments, np.int32))
             y_AD = apply(blob, rows_R, routed, y_AD)

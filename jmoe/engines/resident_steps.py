@@ -7,7 +7,7 @@ import numpy as np
 from jmoe.engines import programs
 from jmoe.engines.device_model import DeviceModel
 from jmoe.engines.programs import DecodeState
-from jmoe.engines.steps import BatchShape, Sampling
+from jmoe.engines.steps import BatchShape, Ending, Sampling
 from jmoe.models import kv_cache
 
 
@@ -20,7 +20,9 @@ class ResidentSteps:
         self._model = model
         self._shape = shape
 
-    def prepare(self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling) -> None:
+    def prepare(
+        self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None:
         model, shape = self._model, self._shape
         self._sampling = sampling
         self._cache = kv_cache.init_cache(
@@ -115,7 +117,11 @@ class ResidentSteps:
         return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
 
     def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        return self._decode_step(self._model.parameters, state, active_B, *self._sampling)
+        state, token_ids_B = self._decode_step(
+            self._model.parameters, state, active_B, *self._sampling
+        )
+        token_ids_B.copy_to_host_async()
+        return state, token_ids_B
 
     def residency(self) -> None:
         return None

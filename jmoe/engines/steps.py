@@ -9,6 +9,7 @@ import numpy as np
 from jmoe.engines.programs import DecodeState
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import ResidencyStats
+from jmoe.models.kv_cache import KVCache
 
 # Seed, and temperature and limits, as arrays on the device: arguments of sampling programs.
 Sampling = tuple[jax.Array, SamplingValues]
@@ -31,6 +32,19 @@ class BatchShape:
     kind: SamplingKind
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ending:
+    """When sequences end, for programs that make several tokens.
+
+    Attributes:
+      stop_token_ids: tokens that end one.
+      lengths_B: tokens, prompt and new ones, at which each one ends.
+    """
+
+    stop_token_ids: tuple[int, ...]
+    lengths_B: np.ndarray
+
+
 class Steps(Protocol):
     """One batch in an engine. Made by ``Engine.steps``.
 
@@ -41,7 +55,9 @@ class Steps(Protocol):
 
     runs_ahead: bool
 
-    def prepare(self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling) -> None:
+    def prepare(
+        self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None:
         """Compiles what the batch needs, and runs each new program once."""
         ...
 
@@ -51,8 +67,10 @@ class Steps(Protocol):
         """Takes prompts through the model; returns the state and every sequence's first token."""
         ...
 
-    def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        """One token of every active sequence. Donates: state."""
+    def step(
+        self, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array | np.ndarray]:
+        """One token of every active sequence, int32, B of them. Donates: state."""
         ...
 
     def residency(self) -> ResidencyStats | None:
@@ -65,4 +83,33 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """Ends the batch, and waits until nothing of it is under way; may be called again."""
+        ...
+
+
+class Decoder(Protocol):
+    """One of several ways in which the same batch can take its decode steps.
+
+    Attributes:
+      runs_ahead: as of ``Steps``.
+    """
+
+    runs_ahead: bool
+
+    def compile(
+        self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None: ...
+
+    def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
+        """Runs new programs once. Donates: state, whose KV cache is overwritten afterwards."""
+        ...
+
+    def step(
+        self, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array | np.ndarray, np.ndarray | None]:
+        """See ``Steps.step``. Donates: state.
+
+        Returns:
+          The state, the token ids, and the experts that were chosen and predicted: int32
+          [L, 1 + N, T, W], as ``DecodeLoop.choices``; None if nobody records them.
+        """
         ...

@@ -118,7 +118,7 @@ class Setup(NamedTuple):
             engine.recorder = TraceRecorder(
                 self.config.num_hidden_layers, router.num_experts, router.top_k
             )
-        return engine, (*notes, *reasons)
+        return engine, (*notes, *reasons, *engine.notes)
 
     def _explaining(self) -> ExplainShortage:
         return ExplainShortage("loading the weights", self.device, self._remedy)
@@ -148,7 +148,8 @@ class Setup(NamedTuple):
     ) -> Plan:
         """The plan for another batch (CapacityError); see ``engines.offload.Replan``."""
         policy = self.options.requested_policy
-        policy = Policy(mode="offload") if isinstance(policy, str) else policy
+        if isinstance(policy, str):
+            policy = self.options.with_engine(Policy(mode="offload"))
         if chunk is not None:
             policy = dataclasses.replace(policy, prefill_chunk=chunk)
         return make_plan(
@@ -199,6 +200,9 @@ def decide(
     dtype = _choose_dtype(options.dtype, config, device, quant)
     if options.record_routing and requested in ("auto", "resident"):
         requested = "offload"  # whose host knows what the routers choose
+    offload = options.with_engine(Policy(mode="offload"))
+    if requested == "offload":
+        requested = offload
     limit, in_use, _ = device_memory(device)
     plan = make_plan(
         config,
@@ -207,6 +211,7 @@ def decide(
         batch_size=1,
         num_positions=_num_positions(config, options),
         requested=requested,
+        offload=offload,
         budget_bytes=options.budget_bytes,
         platform=device.platform,
         free_bytes=None if limit is None else limit - (in_use or 0),

@@ -169,7 +169,8 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
             store = model.open_experts(
                 options.host_memory, bar.update, available_bytes=available_host_bytes()
             )
-            lock = store.lock_pages(setup.device)
+            as_arrays = setup.plan.policy.engine != "thread"
+            lock = store.lock_pages(setup.device, as_arrays=as_arrays)
             parameters = model.parameters(store, setup.dtype, bar.update)
             engine, notes = setup.build(parameters, store)
             if isinstance(engine, ResidentEngine) and setup.device.platform != "cpu":

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jmoe.errors import ConfigError, RequestError
 from jmoe.native.choice import DEFAULT_ACTIVATION_BITS, HostKernels
-from jmoe.planning.policy import Mode, Policy, read_request
+from jmoe.planning.policy import EngineChoice, Mode, Policy, read_request
 from jmoe.quant.solver import Method, check_method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.residency.timeline import Timeline
@@ -34,6 +34,8 @@ class LoadOptions:
     revision: str | None = None
     progress: bool = False
     policy: str | Policy = "auto"
+    engine: EngineChoice | None = None
+    tokens_per_call: int | None = None
     device_memory_gib: float | None = None
     context: int | None = None
     record_routing: bool = False
@@ -80,8 +82,29 @@ class LoadOptions:
 
     @property
     def requested_policy(self) -> Mode | Literal["auto"] | Policy:
-        """What ``policy`` says: a mode, or the policy in a file."""
-        return read_request(self.policy) if isinstance(self.policy, str) else self.policy
+        """What ``policy`` says: a mode, or the policy in a file, with what else is asked for."""
+        requested = read_request(self.policy) if isinstance(self.policy, str) else self.policy
+        if self.engine is None and self.tokens_per_call is None:
+            return requested
+        if requested == "auto":  # the plan decides
+            _ = self.with_engine(Policy(mode="offload"))  # which raises
+            return requested
+        if isinstance(requested, str):
+            requested = Policy(mode=requested)
+        return self.with_engine(requested)
+
+    def with_engine(self, policy: Policy) -> Policy:
+        """A policy with the engine that is asked for (ConfigError, RequestError)."""
+        asked = {"engine": self.engine, "tokens_per_call": self.tokens_per_call}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked and policy.mode != "offload":
+            raise RequestError(
+                "an engine is chosen for the policy offload",
+                got=f"{', '.join(f'{name} {value}' for name, value in asked.items())} and the "
+                f"policy {policy.mode}",
+                do="leave it out, or change the policy",
+            )
+        return dataclasses.replace(policy, **asked)
 
     @property
     def budget_bytes(self) -> int | None:

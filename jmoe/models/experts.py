@@ -203,6 +203,59 @@ def expert_output(
         )
 
 
+def experts_in_slots(
+    x_TD: Float[Array, "T D"],
+    slot_TK: Int[Array, "T K"],
+    slots_SI: jax.Array,
+    layout: ExpertLayout,
+    activation: str,
+    platform: str,
+    host: HostKernels | None,
+) -> Float[Array, "T K D"]:
+    """Outputs of experts that lie in slots, by token and choice, in float32.
+
+    Args:
+      x_TD: normalised residual stream, of few tokens.
+      slot_TK: slot of each assignment's expert; -1 leaves zeros.
+      slots_SI: blobs.
+      layout: of each blob.
+      activation: of the gate projection.
+      platform: "cpu", "gpu" or "tpu".
+      host: kernels to compute with, on the CPU backend.
+    """
+    num_tokens, top_k = slot_TK.shape
+    x_AD, slot_A = jnp.repeat(x_TD, top_k, axis=0), slot_TK.reshape(-1)
+    with jax.named_scope("experts"):
+        if host is not None and activation == "silu" and host.takes_experts(layout.formats, 1):
+            ones_A1 = jnp.ones((num_tokens * top_k, 1), jnp.float32)
+            y_AD = ops.experts(
+                x_AD.astype(jnp.float32),
+                slot_A[:, None],
+                ones_A1,
+                slot_A >= 0,
+                slots_SI,
+                layout,
+                host.activation_bits,
+                host.num_threads,
+            )
+            return y_AD.reshape(num_tokens, top_k, -1)
+        w1, w3, w2 = (BlobStack(slots_SI, layout, matrix) for matrix in MATRICES)
+        form = expert_form(1, platform)
+
+        def one_assignment(a: jax.Array | int, y_AD: jax.Array) -> jax.Array:
+            x = lax.dynamic_slice_in_dim(x_AD, a, 1)
+            index = jnp.maximum(slot_A[a], 0)
+            out = _feed_forward(
+                x, index, (w1, w3, w2), ACTIVATIONS[activation], form.tile_bytes, form.reduce
+            )
+            return lax.dynamic_update_slice(y_AD, jnp.where(slot_A[a] >= 0, out, 0), (a, 0))
+
+        y_AD = jnp.zeros(x_AD.shape, jnp.float32)
+        unroll = len(x_AD) <= MAX_UNROLLED_ASSIGNMENTS
+        y_AD = lax.fori_loop(0, len(x_AD), one_assignment, y_AD, unroll=unroll)
+        return y_AD.reshape(num_tokens, top_k, -1)
+
+
 def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
     """Adds up expert outputs, weighted, in float32 and in the order of k."""
     total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]

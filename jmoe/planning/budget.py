@@ -16,7 +16,7 @@ from jmoe.models import kv_cache
 from jmoe.planning import sizes
 from jmoe.planning.chunks import MAX_CHUNK, MIN_CHUNK, longest_chunk
 from jmoe.planning.need import MemoryNeed
-from jmoe.planning.policy import Policy, least_staging
+from jmoe.planning.policy import NUM_PROMPT_PLACES, Policy, least_staging
 from jmoe.residency.experts import MAX_IN_FLIGHT
 
 # Of what is left for workspace and slots, the workspace of a longer chunk may take this part.
@@ -100,7 +100,7 @@ class Offloading:
         room = budget_bytes - need.base_bytes - (asked_slots or 0) * blob_bytes
         # Staging beyond the least is for prefetches, which are worth more than slots.
         affordable = (room - self._workspace_bytes(self._smallest.prefill_chunk)) // blob_bytes
-        wanted = max(least_staging(self.config), min(self._wanted_staging, affordable))
+        wanted = max(self._least_staging, min(self._wanted_staging, affordable))
         num_staging = self.policy.num_staging or wanted
         left = room - num_staging * blob_bytes
         limit = left if asked_slots is not None else int(left * WORKSPACE_SHARE)
@@ -140,9 +140,16 @@ class Offloading:
         """The policy with the choices that take the least memory."""
         return self._policy(
             slots=(0,) * self.need.num_layers,
-            num_staging=least_staging(self.config),
+            num_staging=self._least_staging,
             prefill_chunk=MIN_CHUNK,
         )
+
+    @property
+    def _least_staging(self) -> int:
+        """Places with which layers without slots work."""
+        if self.policy.engine == "compiled":
+            return self.config.router.top_k + NUM_PROMPT_PLACES
+        return least_staging(self.config)
 
     @property
     def _asked_slots(self) -> int | None:
@@ -159,7 +166,11 @@ class Offloading:
     @property
     def _wanted_staging(self) -> int:
         """Room for all that is prefetched for a token, and at least for what it must have."""
-        return max(self.config.router.top_k, self._fetch * self._lookahead) + MAX_IN_FLIGHT
+        top_k = self.config.router.top_k
+        if self.policy.engine == "compiled":
+            return self._least_staging
+        wanted = max(top_k, self._fetch * self._lookahead) + MAX_IN_FLIGHT
+        return wanted if self.policy.engine == "thread" else max(wanted, top_k + NUM_PROMPT_PLACES)
 
     def _workspace_bytes(self, chunk: int) -> int:
         if self.workspace_bytes is not None:

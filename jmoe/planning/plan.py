@@ -86,6 +86,7 @@ def make_plan(
     batch_size: int,
     num_positions: int,
     requested: Mode | Literal["auto"] | Policy = "auto",
+    offload: Policy = Policy(mode="offload"),  # noqa: B008  (frozen)
     budget_bytes: int | None = None,
     platform: str = "gpu",
     free_bytes: int | None = None,
@@ -101,6 +102,7 @@ def make_plan(
       num_positions: of each, prompt and new tokens.
       requested: a mode; "auto", which is resident where that fits, else offload; or a policy,
         of which everything that it leaves open is chosen.
+      offload: the policy that auto and offload mean.
       budget_bytes: device memory to use. None on a CPU has no end; else for offload and auto it
         is SHARE_OF_FREE of what is free, if that is known.
       platform: of the device: "cpu", "gpu", "tpu".
@@ -119,7 +121,7 @@ def make_plan(
         policy, mode = requested, requested.mode
         policy.check_model(config)
     else:
-        policy, mode = Policy(mode="offload"), requested
+        policy, mode = offload, requested
     if mode not in ("auto", *MODES):
         raise RequestError(
             "unknown policy", got=repr(mode), expected=f"auto, {', '.join(MODES)}, or a file"

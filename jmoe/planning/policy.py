@@ -13,13 +13,22 @@ from typing import Any, Literal, Self, get_args
 from jmoe.config import ModelConfig
 from jmoe.errors import ConfigError, RequestError
 from jmoe.planning.chunks import MAX_CHUNK, MIN_CHUNK
+from jmoe.residency.array_cache import RULES, make_pools
 from jmoe.residency.eviction import EVICTIONS
 from jmoe.residency.experts import MAX_IN_FLIGHT
+from jmoe.residency.switching import NUM_COPY_PLACES, NUM_READ_PLACES
 from jmoe.store.json_files import read_json_object
 from jmoe.store.safetensors_writer import write_file
 
 Mode = Literal["resident", "offload", "host"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+# How decode steps are taken.
+EngineChoice = Literal["auto", "thread", "compiled"]
+ENGINES: tuple[EngineChoice, ...] = get_args(EngineChoice)
+MAX_TOKENS_PER_CALL = 256
+# Of staging, for prompts of an engine whose decode steps are one program.
+NUM_PROMPT_PLACES = NUM_COPY_PLACES + NUM_READ_PLACES
 
 VERSION = 1
 
@@ -39,6 +48,12 @@ class Policy:
       lookahead: for how many layers ahead experts are prefetched; 0 is none.
       fetch: experts to prefetch per token and layer; 0 is the model's top_k.
       prefill_chunk: longest piece of a prompt in tokens, a power of two; 0 is chosen by the plan.
+      engine: what takes decode steps. "thread": the host, layer by layer, with a thread that
+        copies. "compiled": one program, that finds and fetches experts itself, with eviction lru
+        or lfu and no pool for all layers. "auto": the faster one.
+      tokens_per_call: that the compiled engine makes before the host sees them.
+      fetch_ahead: experts that the compiled engine fetches for the next layer, behind those that a
+        layer needs; lookahead and fetch are the thread's.
 
     All but the mode is for "offload" only. Raises ConfigError for what no model could use.
     """
@@ -50,6 +65,9 @@ class Policy:
     lookahead: int = 1
     fetch: int = 0
     prefill_chunk: int = 0
+    engine: EngineChoice = "thread"
+    tokens_per_call: int = 1
+    fetch_ahead: int = 0
 
     def __post_init__(self):
         _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
@@ -59,7 +77,7 @@ class Policy:
             fits = self.slots is None or _is_count(self.slots)
         expected = "a number of experts, one number for each layer, or null"
         _require(fits, "slots", _plain(self.slots), expected)
-        for name in ("num_staging", "lookahead", "fetch", "prefill_chunk"):
+        for name in ("num_staging", "lookahead", "fetch", "prefill_chunk", "fetch_ahead"):
             value = getattr(self, name)
             _require(_is_count(value), name, value, "a whole number from 0")
         known = f"one of {', '.join(EVICTIONS)}"
@@ -68,12 +86,33 @@ class Policy:
         is_chunk = MIN_CHUNK <= chunk <= MAX_CHUNK and chunk.bit_count() == 1
         expected = f"0, or a power of two from {MIN_CHUNK} to {MAX_CHUNK}"
         _require(chunk == 0 or is_chunk, "prefill_chunk", chunk, expected)
+        _require(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        tokens, expected = self.tokens_per_call, f"a whole number from 1 to {MAX_TOKENS_PER_CALL}"
+        fits = type(tokens) is int and 1 <= tokens <= MAX_TOKENS_PER_CALL
+        _require(fits, "tokens_per_call", tokens, expected)
+        self._check_engine()
         if self.mode != "offload" and (given := self._given()):
             raise ConfigError(
                 f"{given[0]} is for the mode offload",
                 got=f"mode {self.mode}",
                 do="leave it out, or change the mode",
             )
+
+    def _check_engine(self) -> None:
+        """Raises ConfigError for what the compiled engine cannot do, or nobody else."""
+        if self.engine == "thread":
+            for name in ("tokens_per_call", "fetch_ahead"):
+                if name in self._given():
+                    raise ConfigError(
+                        f"{name} is for decode steps that are one program",
+                        got="the engine thread",
+                        do="leave it out, or choose the engine compiled or auto",
+                    )
+            return
+        known = f"{' or '.join(RULES)} for the engine {self.engine}"
+        _require(self.eviction in RULES, "eviction", self.eviction, known)
+        expected = f"slots by layer, not one pool, for the engine {self.engine}"
+        _require(not isinstance(self.slots, int), "slots", self.slots, expected)
 
     @property
     def num_slots(self) -> int:
@@ -92,9 +131,13 @@ class Policy:
                 raise _other_model(f"{max(slots)} slots in a layer", f"at most {num_experts}")
         elif slots is not None and slots > num_layers * num_experts:
             raise _other_model(f"{slots} slots", f"at most {num_layers * num_experts}")
-        if self.fetch > num_experts:
-            raise _other_model(f"fetch {self.fetch}", f"at most {num_experts}")
+        for name in ("fetch", "fetch_ahead"):
+            if (value := getattr(self, name)) > num_experts:
+                raise _other_model(f"{name} {value}", f"at most {num_experts}")
         if self.num_staging:
+            if self.engine == "compiled":
+                self._check_slots(config)
+                return
             least, pool = least_staging(config), min(slots) if isinstance(slots, tuple) else slots
             if self.num_staging < MAX_IN_FLIGHT or (pool or 0) + self.num_staging < least:
                 raise RequestError(
@@ -104,6 +147,22 @@ class Policy:
                     f"{MAX_IN_FLIGHT} copies under way; at least {MAX_IN_FLIGHT} for staging",
                     do="give it more of them, or leave num_staging out",
                 )
+
+    def _check_slots(self, config: ModelConfig) -> None:
+        """Raises RequestError if one program has too few slots for the experts of a token."""
+        top_k, slots = config.router.top_k, self.slots
+        assert slots is None or isinstance(slots, tuple)
+        num_shared = self.num_staging - NUM_PROMPT_PLACES
+        if num_shared < 0 or make_pools(slots or (0,), num_shared, top_k) is None:
+            num_slots = sum(slots or ())
+            raise RequestError(
+                "the policy has too few places for a program that holds the experts of a token",
+                got=f"{num_slots} slots + {self.num_staging} for staging = "
+                f"{num_slots + self.num_staging}",
+                expected=f"{top_k} experts + {NUM_PROMPT_PLACES} for prompts = "
+                f"{top_k + NUM_PROMPT_PLACES}; at least {NUM_PROMPT_PLACES} for staging",
+                do="give it more of them, or leave num_staging out",
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:

@@ -13,6 +13,8 @@ from typing import Protocol
 from jmoe.errors import RequestError
 from jmoe.residency.entries import ExpertKey
 
+LFU_DECAY = 0.95
+
 
 class Eviction(Protocol):
     """A rule. All but ``victim`` has a default, for rules that derive from this class."""
@@ -61,7 +63,7 @@ class LFU(Eviction):
     has to be updated when time passes, and nothing overflows.
     """
 
-    def __init__(self, decay: float = 0.95):
+    def __init__(self, decay: float = LFU_DECAY):
         if not 0 < decay <= 1:
             raise RequestError(
                 "the decay of an eviction rule is out of range",

@@ -45,6 +45,10 @@ class Places:
         self._free = list(reversed(range(ends[-1], self.num_places)))
         self._staged: dict[ExpertKey, Entry] = {}  # oldest first
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._keys)
+
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._entries
 

@@ -110,18 +110,25 @@ class ExpertStore:
         assert self._layers, "the expert store is closed"
         return self._layers[layer]
 
-    def lock_pages(self, device: jax.Device) -> PageLock:
+    def lock_pages(self, device: jax.Device, *, as_arrays: bool = False) -> PageLock:
         """Locks the memory for transfers to a device, once: later calls return the same lock.
 
         May move the blobs to other memory, and so comes before anybody asks for ``layer``.
+
+        Args:
+          device: where transfers go.
+          as_arrays: whether programs on the device are to read the memory; a mapped file moves
+            into memory for that, if there is room.
         """
         assert self._layers, "the expert store is closed"
         if self._page_lock is None:
             self._page_lock = lock_pages(
                 self._layers,
                 device,
-                may_move=self.memory == "ram",
+                may_move=self.memory == "ram" or as_arrays,
                 spare_bytes=self._spare_bytes,
+                dtype=self.layout.dtype,
+                as_arrays=as_arrays,
             )
         return self._page_lock
 

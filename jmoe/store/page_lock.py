@@ -1,8 +1,9 @@
 """Locking host memory in place, so that the device's DMA engine reads it without a detour.
 
 Copies from ordinary memory go through a staging buffer, by one host thread. Three ways, the best
-first: to register the memory with the driver (``dma_map``, not a public part of JAX); to move it
-into arrays of the backend's own locked memory (``pinned_host``); to leave it as it is.
+first, unless programs are to read the memory: to register it with the driver (``dma_map``, not a
+public part of JAX); to move it into arrays of the backend's own locked memory (``pinned_host``); to
+leave it as it is.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ class PageLock:
     Attributes:
       kind: how it is locked; "plain" is not at all.
       reason: why so, for the user; with what failed before.
-      pinned: by layer the device's view of the memory, of kind "pinned_host" only: uint8, of the
-        shape of the layer, sharing its bytes.
+      pinned: by layer the device's view of the memory, of kind "pinned_host" only: in the dtype
+        that was asked for, sharing the layer's bytes.
     """
 
     kind: PageLockKind
@@ -51,6 +52,8 @@ def lock_pages(
     *,
     may_move: bool,
     spare_bytes: int,
+    dtype: str = "uint8",
+    as_arrays: bool = False,
 ) -> PageLock:
     """Locks arrays for transfers to a device, as well as it can be done.
 
@@ -62,33 +65,57 @@ def lock_pages(
       may_move: whether moving is allowed. A mapped file stays where it is: to copy it would take
         the memory that it was mapped to save.
       spare_bytes: free memory, beside the arrays.
+      dtype: of pinned_host arrays.
+      as_arrays: whether to try pinned_host first, whose arrays programs can read.
 
     Returns:
       The lock. Nothing is raised where the backend refuses: that is in its reason.
     """
     if device.platform == "cpu":
         return PageLock("plain", "the CPU backend reads host memory where it is")
+
+    def register() -> PageLock:
+        return PageLock("dma_map", "registered with the driver", _locks=_map_all(layers, client))
+
+    def move() -> PageLock:
+        obstacle = _obstacle_to_moving(layers, device, may_move, spare_bytes, os.environ)
+        if obstacle is not None:
+            raise RuntimeError(obstacle)
+        return PageLock(
+            "pinned_host", "moved into pinned_host arrays", _move(layers, device, dtype)
+        )
+
     client = device.client
-    try:
-        locks = _map_all(layers, client)
-    except Exception as error:  # of whatever type the backend or its version has
-        failed = f"dma_map: {_sentence(error)}"
-    else:
-        return PageLock("dma_map", "registered with the driver", _locks=locks)
-    obstacle = _obstacle_to_moving(layers, device, may_move, spare_bytes, os.environ)
-    if obstacle is not None:
-        return PageLock("plain", f"{failed}; pinned_host: {obstacle}")
+    ways = [("dma_map", register), ("pinned_host", move)]
+    failures = []
+    for name, lock_by in reversed(ways) if as_arrays else ways:
+        try:
+            lock = lock_by()
+        except Exception as error:  # of whatever type the backend or its version has
+            failures.append(f"{name}: {_sentence(error)}")
+        else:
+            lock.reason += f" ({failures[0]})" if failures else ""
+            return lock
+    return PageLock("plain", "; ".join(failures))
+
+
+def _move(
+    layers: MutableSequence[np.ndarray], device: jax.Device, dtype: str
+) -> tuple[jax.Array, ...]:
+    """Moves all arrays into pinned_host ones, which are returned.
+
+    If that fails, those that have moved stay there: it is host memory like any other.
+    """
     pinned = []
     try:
         for i in range(len(layers)):
-            array = _pinned_copy(layers[i], device)
-            layers[i] = _host_view(array)
+            array = _pinned_copy(layers[i].view(dtype), device)
+            layers[i] = _host_view(array).view(np.uint8)
             pinned.append(array)
     except Exception as error:
-        # Layers that have moved stay there: they are host memory like any other.
         done = f" after {len(pinned)} of {len(layers)} layers" if pinned else ""
-        return PageLock("plain", f"{failed}; pinned_host: {_sentence(error)}{done}")
-    return PageLock("pinned_host", f"moved into pinned_host arrays ({failed})", tuple(pinned))
+        raise RuntimeError(_sentence(error) + done) from error
+    return tuple(pinned)
 
 
 def _map_all(layers: MutableSequence[np.ndarray], client: Any) -> tuple[weakref.finalize, ...]:

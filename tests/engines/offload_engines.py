@@ -107,7 +107,7 @@ class Model:
         link: Link | None = None,
         eviction: str = "lru",
         seed: int = 0,
-        **policy: int,
+        **policy: Any,
     ) -> OffloadEngine:
         """An engine that keeps its plan.
 

@@ -1,0 +1,198 @@
+"""Decode steps as calls of one program that holds the expert cache, too."""
+
+import collections
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jmoe.engines.compiled_programs import Limits, Made, StepStatic, decode_tokens
+from jmoe.engines.programs import DecodeState
+from jmoe.engines.steps import BatchShape, Ending, Sampling
+from jmoe.generation.sampling import SamplingKind, SamplingValues
+from jmoe.models.kv_cache import KVCache
+from jmoe.residency.array_cache import abstract_cache
+
+if TYPE_CHECKING:
+    from jmoe.engines.offload import OffloadEngine
+
+# Stop ids that a program has room for; more take the next power of two.
+MIN_STOP_IDS = 4
+
+
+class CompiledDecoder:
+    """See ``steps.Decoder``. Of the tokens that a call made, each step hands out one.
+
+    Attributes:
+      temp_bytes: what the program takes beside its arguments and results.
+    """
+
+    def __init__(self, model: "OffloadEngine", shape: BatchShape, num_tokens: int):
+        """Args:
+        model: whose slots nobody else uses meanwhile.
+        shape: of the batch.
+        num_tokens: to make in one call.
+        """
+        self.runs_ahead = num_tokens == 1
+        self._model = model
+        self._shape = shape
+        self._num_tokens = num_tokens
+        # Of the last call, not handed out yet: token ids by sequence, and the experts chosen.
+        self._waiting: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque()
+
+    def compile(
+        self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None:
+        model, shape = self._model, self._shape
+        self._sampling = sampling
+        stop_ids = list(ending.stop_token_ids)
+        room = max(MIN_STOP_IDS, 1 << (len(stop_ids) - 1).bit_length() if stop_ids else 0)
+        self._limits = Limits(
+            stop_ids=model.put(np.array(stop_ids + [-1] * (room - len(stop_ids)), np.int32)),
+            lengths_B=model.put(ending.lengths_B.astype(np.int32)),
+        )
+        int32_B = model.abstract((shape.batch_size,), "int32")
+        seen_BV = None
+        if shape.kind.penalized:
+            seen_BV = model.abstract((shape.batch_size, model.config.vocab_size), "bool")
+        self._program = compile_decode(
+            model,
+            DecodeState(cache, int32_B, int32_B, seen_BV),  # type: ignore[arg-type]
+            active_B,
+            self._limits,
+            None,
+            sampling,
+            shape,
+            self._num_tokens,
+        )
+
+    def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
+        # With no sequence active the program ends at once, and needs no expert.
+        none_B = self._model.put(np.zeros(active_B.shape, bool))
+        state, made = self._call(state, none_B)
+        made.num_steps.block_until_ready()
+        return state
+
+    def step(
+        self, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array | np.ndarray, np.ndarray | None]:
+        if not self._waiting:
+            state, made = self._call(state, active_B)
+            if self._num_tokens == 1 and self._model.recorder is None:
+                made.token_ids_NB.copy_to_host_async()
+                return state, made.token_ids_NB, None
+            num_steps = int(made.num_steps)
+            chosen_NLBK = np.asarray(made.chosen_NLBK)[:num_steps]
+            tokens_NB = np.asarray(made.token_ids_NB)[:num_steps]
+            self._waiting.extend(zip(tokens_NB, chosen_NLBK, strict=True))
+        token_ids_B, chosen_LBK = self._waiting.popleft()
+        return state, token_ids_B, chosen_LBK[:, None]
+
+    def _call(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, Made]:
+        model = self._model
+        slots = model.slots
+        assert slots is not None
+        state, slots.state, made = self._program(
+            model.ends,
+            model.layers,
+            model.host_blobs,
+            state,
+            slots.state,
+            active_B,
+            self._limits,
+            None,
+            *self._sampling,
+        )
+        return state, made
+
+
+def compile_decode(
+    model: "OffloadEngine",
+    state: DecodeState,
+    active_B: jax.Array,
+    limits: Limits,
+    given_NB: jax.Array | None,
+    sampling: Sampling,
+    shape: BatchShape,
+    num_tokens: int,
+) -> jax.stages.Compiled:
+    """Compiles ``decode_tokens`` for the slots that are planned now."""
+    cache = model.places.static
+    assert cache is not None
+    static = StepStatic(
+        config=model.config,
+        dtype=model.dtype,
+        quant=model.quant,
+        host=model.host,
+        platform=model.device.platform,
+        cache=cache,
+        kind=shape.kind,
+        num_tokens=num_tokens,
+        num_ahead=model.plan.policy.fetch_ahead,
+    )
+    layout = model.layout
+    program = model.programs.get(
+        decode_tokens,
+        model.ends,
+        model.layers,
+        model.host_blobs,
+        state,
+        abstract_cache(cache, layout.num_items, layout.dtype),
+        active_B,
+        limits,
+        given_NB,
+        *sampling,
+        static=static,
+    )
+    model.last_programs.append(program)
+    return program
+
+
+def score(model: "OffloadEngine", cache: KVCache, token_ids_BL: np.ndarray) -> np.ndarray:
+    """Logits of sequences token by token: float32 [B, L, V].
+
+    Args:
+      model: with its experts in slots.
+      cache: empty; donated.
+      token_ids_BL: of equal length.
+    """
+    batch_size, length = token_ids_BL.shape
+    num_tokens, put, slots = model.plan.policy.tokens_per_call, model.put, model.slots
+    assert slots is not None
+    shape = BatchShape(
+        batch_size=batch_size,
+        chunks=(),
+        capacity=0,
+        kind=SamplingKind(greedy=True, truncated=False, penalized=False),
+    )
+    one = put(np.float32(1))
+    values = SamplingValues(one, put(np.int32(0)), one, one, one)
+    sampling = put(np.zeros(2, np.uint32)), values
+    active_B = put(np.ones(batch_size, bool))
+    ends_B = put(np.full(batch_size, length + 1, np.int32))
+    limits = Limits(stop_ids=put(np.full(MIN_STOP_IDS, -1, np.int32)), lengths_B=ends_B)
+    # What follows each token, and whatever after the last one.
+    next_LB = np.zeros((-(-length // num_tokens) * num_tokens, batch_size), np.int32)
+    next_LB[: length - 1] = token_ids_BL[:, 1:].T
+    start_B = put(np.zeros(batch_size, np.int32))
+    state = DecodeState(cache, start_B, put(token_ids_BL[:, 0].astype(np.int32)), None)
+    given_NB = put(next_LB[:num_tokens])
+    program = compile_decode(model, state, active_B, limits, given_NB, sampling, shape, num_tokens)
+    logits_LBV = []
+    for first in range(0, length, num_tokens):
+        given_NB = put(next_LB[first : first + num_tokens])
+        state, slots.state, made = program(
+            model.ends,
+            model.layers,
+            model.host_blobs,
+            state,
+            slots.state,
+            active_B,
+            limits,
+            given_NB,
+            *sampling,
+        )
+        assert made.logits_NBV is not None
+        logits_LBV.append(np.asarray(made.logits_NBV)[: int(made.num_steps)])
+    model.last_programs.clear()
+    return np.concatenate(logits_LBV).swapaxes(0, 1)

@@ -1,0 +1,98 @@
+"""Decode steps as a loop over layers on the host, with a thread that copies experts."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jmoe.engines import layer_programs
+from jmoe.engines.blank_experts import BlankExperts
+from jmoe.engines.decode_loop import DecodeLoop
+from jmoe.engines.expert_model import Supply
+from jmoe.engines.prediction import GatePredictor, Predictor
+from jmoe.engines.programs import DecodeState
+from jmoe.engines.steps import BatchShape, Ending, Sampling
+from jmoe.models.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from jmoe.engines.offload import OffloadEngine
+
+
+class ThreadDecoder:
+    """See ``steps.Decoder``."""
+
+    runs_ahead = False  # the host works along: the next token would only delay this one
+
+    def __init__(self, model: "OffloadEngine", shape: BatchShape, predictor: Predictor | None):
+        if predictor is None and model.lookahead:
+            predictor = GatePredictor(model.num_layers)
+        self._model = model
+        self._shape = shape
+        self._loop = DecodeLoop(model, shape.batch_size, predictor)
+
+    def compile(
+        self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
+    ) -> None:
+        model, shape, loop = self._model, self._shape, self._loop
+        self._sampling = sampling
+        batch_size = shape.batch_size
+        int32_B = model.abstract((batch_size,), "int32")
+        loop.compile(cache.layers, int32_B)
+        seen_BV = None
+        if shape.kind.penalized:
+            seen_BV = model.abstract((batch_size, model.config.vocab_size), "bool")
+        ends = [None] if batch_size == 1 else [None, loop.y_TKD]
+        self._last = [
+            model.program(
+                layer_programs.last_experts,
+                loop.blobs,
+                loop.group,
+                loop.routed,
+                y_TKD,
+                model.ends,
+                int32_B,
+                active_B,
+                seen_BV,
+                *sampling,
+                layer=0,
+                kind=shape.kind,
+            )
+            for y_TKD in ends
+        ]
+
+    def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
+        state, token_ids_B = self._step(BlankExperts(self._model), state, active_B)
+        token_ids_B.block_until_ready()
+        return state
+
+    def step(
+        self, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array, np.ndarray]:
+        state, token_ids_B = self._step(self._model.experts, state, active_B)
+        return state, token_ids_B, np.stack(self._loop.choices)
+
+    def _step(
+        self, experts: Supply, state: DecodeState, active_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array]:
+        model = self._model
+        caches = list(state.cache.layers)
+
+        def finish(blobs, group, routed, y_TKD):
+            return self._last[y_TKD is not None](
+                blobs,
+                group,
+                routed,
+                y_TKD,
+                model.ends,
+                state.lengths_B,
+                active_B,
+                state.seen_BV,
+                *self._sampling,
+            )
+
+        token_ids_B, lengths_B, seen_BV = self._loop.run(
+            experts, caches, state.token_ids_B, state.lengths_B, active_B, finish
+        )
+        state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
+        token_ids_B.copy_to_host_async()
+        return state, token_ids_B
