@@ -67,21 +67,22 @@ class SlotArray:
         self.state = self._empty()
 
     def begin(self) -> None:
-        """Starts to count anew, and from nothing if Ctrl-C left no state behind."""
-        if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
-            self.state = self._empty()
-        else:
-            self.state = array_cache.begin_batch(self.state, rule=self.static.rule)
+        """Starts to count anew."""
+        self.state = array_cache.begin_batch(self.state, rule=self.static.rule)
 
     def resize(self, static: CacheStatic) -> None:
-        """Changes the pools; what was in them is gone, if they change."""
-        if static != self.static:
+        """Changes the pools; what was in them is gone, if they change.
+
+        Makes a new state, too, if Ctrl-C left none behind.
+        """
+        is_lost = any(array.is_deleted() for array in jax.tree.leaves(self.state))
+        if is_lost or static != self.static:
             self.delete()
             self.static = static
             self.state = self._empty()
 
     def delete(self) -> None:
-        """Frees the device's memory. Afterwards only ``resize`` and ``begin`` make sense."""
+        """Frees the device's memory. Afterwards only ``resize`` makes sense."""
         for array in jax.tree.leaves(self.state):
             if not array.is_deleted():
                 array.delete()

@@ -29,7 +29,7 @@ from jmoe.models.random_weights import random_parameters
 from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import MIN_CHUNK
 from jmoe.planning.plan import Plan, make_plan
-from jmoe.planning.policy import MAX_IN_FLIGHT, Policy
+from jmoe.planning.policy import MAX_IN_FLIGHT, EngineChoice, Policy
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import QuantSpec, parse_spec
@@ -122,7 +122,7 @@ class Model:
         requested = Policy(mode="offload", slots=slots, eviction=eviction, **policy)
         return self._engine(self._plan(requested), link=link, seed=seed)
 
-    def engine_within(self, budget_bytes: int) -> OffloadEngine:
+    def engine_within(self, budget_bytes: int, engine: EngineChoice = "thread") -> OffloadEngine:
         """An engine that makes a plan for every batch, within a budget."""
 
         def replan(
@@ -132,7 +132,7 @@ class Model:
             workspace_bytes: int | None = None,
         ) -> Plan:
             return self._plan(
-                Policy(mode="offload", prefill_chunk=chunk or 0),
+                Policy(mode="offload", prefill_chunk=chunk or 0, engine=engine),
                 batch_size=batch_size,
                 num_positions=num_positions,
                 workspace_bytes=workspace_bytes,
@@ -141,9 +141,16 @@ class Model:
 
         return self._engine(replan(1, 16), replan=replan)
 
-    def smallest_budget(self, batch_size: int, num_positions: int) -> int:
+    def smallest_budget(
+        self, batch_size: int, num_positions: int, engine: EngineChoice = "thread"
+    ) -> int:
         """The smallest budget that works for such a batch."""
-        policy = Policy(mode="offload", slots=(0,) * self.num_layers, prefill_chunk=MIN_CHUNK)
+        policy = Policy(
+            mode="offload",
+            slots=(0,) * self.num_layers,
+            prefill_chunk=MIN_CHUNK,
+            engine=engine,
+        )
         plan = self._plan(policy, batch_size=batch_size, num_positions=num_positions)
         return plan.device_bytes
 

@@ -1,0 +1,43 @@
+"""Which engine is named the faster one."""
+
+import pytest
+
+from jmoe.engines.contest import NUM_COUNTING, NUM_SETTLING, Contest
+
+
+def run(contest: Contest, thread_s: float, compiled_s: float, per_call: int = 1) -> list[str]:
+    """Who ran, token by token; a call's time is that of its first token."""
+    ran, i = [], 0
+    while not contest.is_over:
+        ran.append(contest.running)
+        is_first = i % per_call == 0
+        call_s = compiled_s * per_call if is_first else 0.0
+        contest.note(thread_s if contest.running == "thread" else call_s)
+        i = i + 1 if contest.running == ran[-1] else 0
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("thread_s", "compiled_s", "winner"),
+    [(2e-3, 1e-3, "compiled"), (1e-3, 2e-3, "thread"), (1e-3, 1e-3, "thread")],
+)
+@pytest.mark.parametrize("per_call", [1, 3, 8, 64])
+def test_the_faster_engine_wins(thread_s, compiled_s, winner, per_call):
+    contest = Contest(per_call)
+    ran = run(contest, thread_s, compiled_s, per_call)
+    assert contest.running == winner
+    assert ran.count("thread") == NUM_SETTLING + NUM_COUNTING
+    assert ran.count("compiled") % per_call == 0
+    assert contest.token_s("thread") == pytest.approx(thread_s)
+    assert contest.token_s("compiled") == pytest.approx(compiled_s)
+    assert str(contest).startswith(f"engine {winner}: ")
+
+
+def test_slow_first_tokens_and_a_stray_slow_one_decide_nothing():
+    contest = Contest(1)
+    for i in range(NUM_SETTLING + NUM_COUNTING):
+        contest.note(1.0 if i < NUM_SETTLING or i == 7 else 2e-3)
+    for i in range(NUM_SETTLING + NUM_COUNTING):
+        contest.note(5.0 if i < NUM_SETTLING or i == 9 else 1e-3)
+    assert contest.is_over and contest.running == "compiled"
+    assert str(contest) == "engine compiled: 1.00 ms a token, thread 2.00 ms"
