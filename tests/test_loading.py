@@ -79,6 +79,9 @@ def test_random_weights_depend_on_the_seed_only(shape, quant):
         ({"quant": "experts=4g64,experts_down=bf16"}, ConfigError, ("all quantized",)),
         ({"quant": "int4", "method": "gptq"}, ConfigError, ("gptq", "rtn")),
         ({"host_memory": "disk"}, ConfigError, ("disk", "mmap")),
+        ({"policy": "resident", "engine": "compiled"}, RequestError, ("engine compiled",)),
+        ({"policy": "offload", "tokens_per_call": 2}, ConfigError, ("the engine thread",)),
+        ({"engine": "compiled", "tokens_per_call": 0}, ConfigError, ("from 1 to 256",)),
         (
             {"model": "mixtral-8x22b", "random_weights": True, "quant": "int8"},
             CapacityError,

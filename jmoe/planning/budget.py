@@ -100,10 +100,13 @@ class Offloading:
         room = budget_bytes - need.base_bytes - (asked_slots or 0) * blob_bytes
         # Staging beyond the least is for prefetches, which are worth more than slots.
         affordable = (room - self._workspace_bytes(self._smallest.prefill_chunk)) // blob_bytes
-        wanted = max(self._least_staging, min(self._wanted_staging, affordable))
-        num_staging = self.policy.num_staging or wanted
+        wanted = min(self._wanted_staging, affordable)
+        least = self._least_staging - (self._token_slots if asked_slots is None else 0)
+        num_staging = self.policy.num_staging or max(least, wanted)
         left = room - num_staging * blob_bytes
-        limit = left if asked_slots is not None else int(left * WORKSPACE_SHARE)
+        limit = left
+        if asked_slots is None:
+            limit = min(int(left * WORKSPACE_SHARE), left - self._token_slots * blob_bytes)
         chunk = self._longest_chunk(limit)
         workspace_bytes = self._workspace_bytes(self.policy.prefill_chunk or chunk)
         num_slots = min(need.all_experts, (left - workspace_bytes) // blob_bytes)
@@ -146,10 +149,15 @@ class Offloading:
 
     @property
     def _least_staging(self) -> int:
-        """Places with which layers without slots work."""
+        """Places with which the slots that are asked for work, or layers without slots."""
         if self.policy.engine == "compiled":
-            return self.config.router.top_k + NUM_PROMPT_PLACES
+            return NUM_PROMPT_PLACES + max(0, self._token_slots - (self._asked_slots or 0))
         return least_staging(self.config)
+
+    @property
+    def _token_slots(self) -> int:
+        """Slots that there must be for a token's experts."""
+        return self.config.router.top_k if self.policy.engine == "compiled" else 0
 
     @property
     def _asked_slots(self) -> int | None:
@@ -168,7 +176,7 @@ class Offloading:
         """Room for all that is prefetched for a token, and at least for what it must have."""
         top_k = self.config.router.top_k
         if self.policy.engine == "compiled":
-            return self._least_staging
+            return NUM_PROMPT_PLACES if self._asked_slots is None else self._least_staging
         wanted = max(top_k, self._fetch * self._lookahead) + MAX_IN_FLIGHT
         return wanted if self.policy.engine == "thread" else max(wanted, top_k + NUM_PROMPT_PLACES)
 

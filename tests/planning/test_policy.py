@@ -25,6 +25,8 @@ POLICIES = [
         fetch=3,
         prefill_chunk=64,
     ),
+    Policy(mode="offload", slots=(3, 0), eviction="lfu", engine="compiled", tokens_per_call=8),
+    Policy(mode="offload", engine="auto", fetch_ahead=2),
 ]
 
 
@@ -54,7 +56,7 @@ def test_what_a_file_leaves_out_is_open(tmp_path: Path):
 def test_a_file_has_a_line_for_each_field(tmp_path: Path):
     Policy(mode="offload", slots=(2,) * 32).write(tmp_path / "policy.json")
     lines = (tmp_path / "policy.json").read_text().splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 13
     assert lines[3] == f' "slots": {[2] * 32},'
 
 
@@ -81,6 +83,15 @@ def test_a_file_has_a_line_for_each_field(tmp_path: Path):
         ({"fetch": False}, ["fetch"]),
         ({"prefill_chunk": 100}, ["prefill_chunk", "power of two from 16 to 512"]),
         ({"prefill_chunk": 1024}, ["prefill_chunk"]),
+        ({"engine": "fast"}, ["engine", "auto, thread, compiled"]),
+        ({"engine": "compiled", "tokens_per_call": 0}, ["tokens_per_call", "from 1 to 256"]),
+        ({"engine": "compiled", "tokens_per_call": 2.0}, ["tokens_per_call"]),
+        ({"tokens_per_call": 2}, ["tokens_per_call is for", "the engine thread"]),
+        ({"fetch_ahead": 1}, ["fetch_ahead is for", "the engine thread"]),
+        ({"engine": "compiled", "eviction": "likely"}, ["eviction", "lru or lfu"]),
+        ({"engine": "auto", "eviction": "random"}, ["eviction", "the engine auto"]),
+        ({"engine": "compiled", "slots": 8}, ["slots", "by layer, not one pool"]),
+        ({"mode": "resident", "engine": "compiled"}, ["engine is for the mode offload"]),
         ({"mode": "resident", "slots": [1, 1]}, ["slots is for the mode offload"]),
         ({"mode": "host", "lookahead": 0}, ["lookahead is for the mode offload"]),
     ],
@@ -136,6 +147,19 @@ def test_a_request_is_a_mode_or_a_file(tmp_path: Path):
         ({"num_staging": 3}, ["too few places", "3 for staging, 0 slots", "4 together"]),
         ({"num_staging": 3, "slots": (4, 0)}, ["too few places"]),
         ({"num_staging": 1, "slots": (4, 4)}, ["too few places", "at least 2 for staging"]),
+        (
+            {"num_staging": 4, "engine": "compiled"},
+            [
+                "the experts of a token",
+                "0 slots + 4 for staging = 4",
+                "2 experts + 3 for prompts = 5",
+            ],
+        ),
+        (
+            {"num_staging": 2, "slots": (4, 4), "engine": "compiled"},
+            ["8 slots + 2", "at least 3 for staging"],
+        ),
+        ({"fetch_ahead": 5, "engine": "compiled"}, ["another shape", "fetch_ahead 5"]),
     ],
     ids=str,
 )
@@ -156,6 +180,9 @@ def test_a_policy_for_another_model_is_refused(fields: dict[str, Any], words: li
         {"num_staging": 2, "slots": (2, 3)},
         {"num_staging": 3, "slots": 1},
         {"lookahead": 5, "fetch": 4},
+        {"num_staging": 3, "slots": (1, 1), "engine": "compiled"},
+        {"num_staging": 5, "slots": (0, 0), "engine": "compiled"},
+        {"num_staging": 2, "slots": (4, 4), "engine": "auto"},
     ],
     ids=str,
 )
