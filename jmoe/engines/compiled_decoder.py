@@ -1,6 +1,7 @@
 """Decode steps as calls of one program that holds the expert cache, too."""
 
 import collections
+import time
 from typing import TYPE_CHECKING
 
 import jax
@@ -33,7 +34,9 @@ class CompiledDecoder:
         shape: of the batch.
         num_tokens: to make in one call.
         """
-        self.runs_ahead = num_tokens == 1
+        # Who looks at experts or times of every call has to wait for it.
+        self._is_watched = model.recorder is not None or model.experts.timeline is not None
+        self.runs_ahead = num_tokens == 1 and not self._is_watched
         self._model = model
         self._shape = shape
         self._num_tokens = num_tokens
@@ -77,11 +80,15 @@ class CompiledDecoder:
         self, state: DecodeState, active_B: jax.Array
     ) -> tuple[DecodeState, jax.Array | np.ndarray, np.ndarray | None]:
         if not self._waiting:
+            start = time.perf_counter()
             state, made = self._call(state, active_B)
-            if self._num_tokens == 1 and self._model.recorder is None:
+            if self.runs_ahead:
                 made.token_ids_NB.copy_to_host_async()
                 return state, made.token_ids_NB, None
             num_steps = int(made.num_steps)
+            timeline = self._model.experts.timeline
+            if timeline is not None:
+                timeline.span("device", f"{num_steps} tokens", start, time.perf_counter())
             chosen_NLBK = np.asarray(made.chosen_NLBK)[:num_steps]
             tokens_NB = np.asarray(made.token_ids_NB)[:num_steps]
             self._waiting.extend(zip(tokens_NB, chosen_NLBK, strict=True))

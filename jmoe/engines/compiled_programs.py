@@ -223,22 +223,25 @@ def _experts(
     static: StepStatic,
 ) -> tuple[CacheState, Float[Array, "T D"]]:
     """Fetches what a layer needs and applies it: in rounds, if that is more than its slots."""
-    num_tokens, top_k = ids_TK.shape
+    num_tokens = len(ids_TK)
     _, num_slots = static.cache.pool(layer)
     needed_U = ids_TK[0] if num_tokens == 1 else _union(ids_TK, static.cache.num_experts)
-    y_TKD = jnp.zeros((num_tokens, top_k, x_TD.shape[1]), jnp.float32)
-    starts = range(0, needed_U.shape[0], num_slots)
-    for start in starts:
-        round_U = needed_U[start : start + num_slots]
+
+    def one_round(
+        cache: CacheState, round_U: jax.Array, predicted_TN: jax.Array | None
+    ) -> tuple[CacheState, jax.Array]:
         cache, slot_U = hold(cache, static.cache, layer, round_U, host[layer])
-        if predicted_TN is not None and start == starts[-1]:
+        if predicted_TN is not None:
             # Before the experts are read, or XLA would copy the slots.
             slots_ahead = static.cache.slots[layer + 1]
             predicted_U = _most_named(predicted_TN, static.cache.num_experts, slots_ahead)
             cache = fetch_ahead(cache, static.cache, layer + 1, predicted_U, host[layer + 1])
-        is_here_TKU = (ids_TK[..., None] == round_U) & (round_U >= 0)
-        slot_TK = jnp.max(jnp.where(is_here_TKU, slot_U, -1), axis=-1)
-        y_TKD += experts_in_slots(
+        if num_tokens == 1:
+            slot_TK = jnp.where(round_U >= 0, slot_U, -1)[None]
+        else:
+            is_here_TKU = (ids_TK[..., None] == round_U) & (round_U >= 0)
+            slot_TK = jnp.max(jnp.where(is_here_TKU, slot_U, -1), axis=-1)
+        return cache, experts_in_slots(
             x_TD,
             slot_TK,
             cache.slots_SI,
@@ -247,6 +250,23 @@ def _experts(
             static.platform,
             static.host,
         )
+
+    num_rounds = -(-len(needed_U) // num_slots)
+    if num_rounds == 1:
+        cache, y_TKD = one_round(cache, needed_U, predicted_TN)
+    else:
+        # A loop, in whose state the slots are: else XLA would copy them for every round. What is
+        # predicted has to wait for its own layer then.
+        padding = (0, num_rounds * num_slots - len(needed_U))
+        rounds_NU = jnp.pad(needed_U, padding, constant_values=-1).reshape(num_rounds, num_slots)
+
+        def add_round(n: jax.Array, carry: tuple) -> tuple:
+            cache, y_TKD = carry
+            cache, round_y_TKD = one_round(cache, rounds_NU[n], None)
+            return cache, y_TKD + round_y_TKD
+
+        y_TKD = jnp.zeros((*ids_TK.shape, x_TD.shape[1]), jnp.float32)
+        cache, y_TKD = lax.fori_loop(0, num_rounds, add_round, (cache, y_TKD))
     return cache, combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
 
 

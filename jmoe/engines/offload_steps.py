@@ -56,7 +56,7 @@ class OffloadSteps:
         if contest is not None or model.decodes_by == "compiled":
             num_tokens = model.plan.policy.tokens_per_call
             self._decoders["compiled"] = CompiledDecoder(model, shape, num_tokens)
-        self.runs_ahead = contest is None and self._decoder.runs_ahead and recorder is None
+        self.runs_ahead = contest is None and self._decoder.runs_ahead
         self._recall = Recall(model.lookahead, model.num_predicted)
         self._prefill = self._decode = Traffic.none()
         self._since = model.places.counts()

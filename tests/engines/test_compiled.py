@@ -119,6 +119,20 @@ def test_nothing_is_compiled_for_a_second_batch(model, engine):
     assert again == first and run.stats().compiled_programs == 0 and not events
 
 
+@pytest.mark.parametrize("tokens_per_call", [1, 4])
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_no_program_copies_the_slots(model, num_sequences, tokens_per_call):
+    """Nor with several tokens, whose experts go in rounds."""
+    engine = make_engine(model, tokens_per_call=tokens_per_call)
+    greedy(engine, prompts_of(model, 5, 6, 7)[:num_sequences], 2)
+    slots = slots_of(engine).state.slots_SI
+    shape = f"u8[{','.join(map(str, slots.shape))}]"
+    text = engine.last_programs[-1].as_text()
+    assert f"{shape}" in text and "while" in text
+    assert not [line for line in text.splitlines() if shape in line and " copy" in line]
+    engine.close()
+
+
 def test_slots_are_updated_in_place(model, engine):
     greedy(engine, prompts_of(model, 5), 3)
     address = slots_of(engine).state.slots_SI.unsafe_buffer_pointer()

@@ -90,6 +90,7 @@ def test_after_ctrl_c_at_any_moment_the_engine_goes_on(
 
 OFFLOAD = ("--policy=offload", "--device_memory_gib=0.02", "--max_new_tokens=900")
 RECORDS = ("--record_routing=routing.npz", "--trace_timeline=timeline.json")
+ONE_PROGRAM = ("--engine=compiled", "--tokens_per_call=4")
 # Kilobytes per second: the first expert takes a minute.
 STUCK = ("--policy=offload", "--link_gb_per_s=0.00001")
 WEIGHTS = ("--model=mixtral-8x7b", "--random_weights", "--num_layers=1", "--quant=int4")
@@ -125,6 +126,7 @@ def await_output(stream, word: bytes) -> bytes:
         ("compiling later", OFFLOAD + RECORDS, "stderr", b"prompt:", 1.5),
         ("compiling one program", ("--max_new_tokens=900",), "stderr", b"prompt:", 0.7),
         ("decoding", OFFLOAD + RECORDS, "stdout", b"def", 0.0),
+        ("decoding in one program", (*OFFLOAD, *ONE_PROGRAM, *RECORDS), "stdout", b"def", 0.0),
         ("waiting for the link", STUCK + RECORDS, "stderr", b"prompt:", 5.0),
     ],
 )

@@ -48,6 +48,39 @@ def test_it_streams_the_text_of_the_resident_model():
     assert result.stdout == expected.stdout and len(result.stdout) > 100
 
 
+@pytest.mark.parametrize("flags", [("--engine=compiled",), ("--engine=auto",)])
+def test_every_engine_streams_the_same_text(flags):
+    """What the compiled engine is done when it does."""
+    length = ("--max_new_tokens=60",)
+    expected = run_script("generate.py", *length, "--policy=resident")
+    result = run_script("generate.py", *length, *OFFLOAD, *flags)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout == expected.stdout
+    stderr = result.stderr.decode()
+    assert "the program fetched experts itself" in stderr or "engine thread: " in stderr
+    assert flags == ("--engine=compiled",) or re.search(
+        r"^engine (compiled|thread): [\d.]+ ms a token, (compiled|thread) [\d.]+ ms$", stderr, re.M
+    )
+
+
+def test_the_compiled_engine_tells_what_its_program_did(resident):
+    answer, stderr = generate_json(
+        "--policy=offload", "--device_memory_gib=0.03", "--engine=compiled", "--tokens_per_call=4"
+    )
+    assert same_texts(answer, resident)
+    plan, residency = answer["model"]["plan"], answer["stats"]["residency"]
+    assert plan["policy"]["engine"] == residency["engine"] == "compiled"
+    assert plan["policy"]["tokens_per_call"] == 4
+    assert residency["peak_device_bytes"] <= plan["budget_bytes"]
+    decode, layers = residency["decode"], residency["decode_by_layer"]
+    assert len(layers) == 12
+    for name in ("hits", "demand_loads", "copied_bytes"):
+        assert sum(layer[name] for layer in layers) == decode[name] > 0
+    assert decode["copied_bytes"] == decode["demand_loads"] * residency["expert_bytes"]
+    assert decode["link_busy_s"] is None and decode["stalled_s"] is None
+    assert "GB/s on average" in stderr
+
+
 def test_a_batch_within_a_budget_tells_exactly_what_happened(resident):
     answer, stderr = generate_json("--device_memory_gib=0.03")  # auto: it does not fit whole
     assert same_texts(answer, resident)
