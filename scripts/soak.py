@@ -9,6 +9,7 @@ object goes to stdout, progress to stderr if that is a terminal.
 Examples:
   python scripts/soak.py
   python scripts/soak.py --minutes=60 --seed=7
+  python scripts/soak.py --engine=compiled
   python scripts/soak.py --minutes=1 --quant=attn4-experts4 --max_batch=2 | jq .counts
 """
 
@@ -22,6 +23,9 @@ _MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to go on.", lower_bound
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything that is random.", lower_bound=0)
 _MODEL = flags.DEFINE_string("model", None, "As of generate.py. Default: the embedded model.")
 _QUANT = flags.DEFINE_string("quant", None, "Formats of the weights, as of generate.py.")
+_ENGINE = flags.DEFINE_enum(
+    "engine", "thread", ["auto", "thread", "compiled"], "As of generate.py."
+)
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 4, "Most prompts at once.", lower_bound=1)
 _SILENCE_S = flags.DEFINE_float(
     "silence_s", 120.0, "Seconds without a token after which it is a deadlock.", lower_bound=1.0
@@ -36,7 +40,7 @@ def main() -> None:
     from _soak.subject import Subject
 
     process = psutil.Process()
-    subject = Subject(_MODEL.value, _QUANT.value, _SEED.value)
+    subject = Subject(_MODEL.value, _QUANT.value, _ENGINE.value, _SEED.value)
     rounds = Rounds(subject, _SEED.value, _MAX_BATCH.value, _SILENCE_S.value)
     problem, started = None, time.monotonic()
     rss_bytes: list[int] = []
@@ -62,6 +66,7 @@ def main() -> None:
             "seed": _SEED.value,
             "model": _common.model_json(subject.llm)["name"],
             "quant": _QUANT.value,
+            "engine": _ENGINE.value,
             "counts": dict(sorted(rounds.counts.items())),
             "copies": link.counters.copies,
             "failed_copies": link.num_failed,

@@ -104,7 +104,10 @@ class ExpertModel:
                 ends.append(adopt(parameter, device))
         self.ends = tuple(ends)
         self.layers = tuple(map(tuple, layers))
-        self.experts: DeviceExperts
+
+    @property
+    def experts(self) -> DeviceExperts:
+        raise NotImplementedError
 
     @property
     def num_layers(self) -> int:

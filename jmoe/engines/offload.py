@@ -125,11 +125,8 @@ class OffloadEngine(ExpertModel):
         self.notes: list[str] = []
         self._contests: dict[int, Contest] = {}  # by sequences at once
         self.host_blobs = self._host_arrays()
-        self.experts = DeviceExperts(
-            link, lambda key: store.layer(key.layer)[key.expert], cache, timeline
-        )
         self.places = SwitchingExperts(
-            self.experts,
+            DeviceExperts(link, lambda key: store.layer(key.layer)[key.expert], cache, timeline),
             self.layout.num_bytes,
             config.router.top_k,
             self._make_slots if self.host_blobs else None,
@@ -137,6 +134,11 @@ class OffloadEngine(ExpertModel):
         )
         if policy.engine == "compiled" and self.host_blobs:
             self.places.move_into_slots()
+
+    @property
+    def experts(self) -> DeviceExperts:
+        """Experts in arrays of their own."""
+        return self.places.experts
 
     @property
     def slots(self) -> SlotArray | None:

@@ -54,6 +54,18 @@ class SwitchingExperts:
         self._peak_places = 0
 
     @property
+    def num_places(self) -> int:
+        """For experts on the device, whether they are there or not."""
+        num_slots = self.slots.static.num_slots if self.slots is not None else 0
+        return self.experts.cache.num_places + num_slots
+
+    def replace_experts(self, experts: DeviceExperts) -> None:
+        """Takes others of the same places, over another link say. Nothing may be under way."""
+        self.experts = experts
+        if self.slots is not None:
+            self._prompt_experts = PromptExperts(self.slots, experts)
+
+    @property
     def in_slots(self) -> bool:
         return self.slots is not None
 

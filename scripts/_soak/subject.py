@@ -48,12 +48,12 @@ class Subject:
       num_budgets: budgets so far.
     """
 
-    def __init__(self, model: str | None, quant: str | None, seed: int):
-        self._loading: dict[str, Any] = {"quant": quant}
+    def __init__(self, model: str | None, quant: str | None, engine: str, seed: int):
+        self._loading: dict[str, Any] = {"policy": "offload", "quant": quant, "engine": engine}
         self._model = model
-        self.reference = jmoe.load(model, policy="resident", **self._loading)
-        self._setup = find_model(model, LoadOptions(policy="offload", **self._loading)).setup
-        self.llm = jmoe.load(model, policy="offload", **self._loading)
+        self.reference = jmoe.load(model, policy="resident", quant=quant)
+        self._setup = find_model(model, LoadOptions(**self._loading)).setup
+        self.llm = jmoe.load(model, **self._loading)
         self._clean: jmoe.LLM | None = None
         self.num_budgets = 0
         self._threads = set(threading.enumerate())
@@ -79,7 +79,9 @@ class Subject:
             eviction=make_eviction(rng.choice(EVICTIONS)),
             min_free=config.router.top_k,
         )
-        engine.experts = DeviceExperts(link, lambda key: store.layer(key.layer)[key.expert], cache)
+        engine.places.replace_experts(
+            DeviceExperts(link, lambda key: store.layer(key.layer)[key.expert], cache)
+        )
         return link
 
     def set_budget(self, share: float) -> str:
@@ -103,7 +105,7 @@ class Subject:
         The resident model's logits differ in their last bits, which may tip a choice.
         """
         if self._clean is None:
-            self._clean = jmoe.load(self._model, policy="offload", **self._loading)
+            self._clean = jmoe.load(self._model, **self._loading)
         return [result.token_ids for result in self._clean.generate(prompts, **options)]
 
     def held(self) -> "Held":
@@ -114,13 +116,15 @@ class Subject:
         if self._clean is not None:
             assert isinstance(self._clean.engine, OffloadEngine)
             offload.append(self._clean.engine)
+        in_host_memory = {id(blobs) for engine in offload for blobs in engine.host_blobs}
         other_bytes, num_experts = 0, 0
         for array in jax.live_arrays():
-            if array.shape == (layout.num_items,) and array.dtype == layout.dtype:
-                num_experts += 1
+            holds_experts = array.shape[-1:] == (layout.num_items,) and array.dtype == layout.dtype
+            if holds_experts and id(array) not in in_host_memory:
+                num_experts += array.size // layout.num_items
             else:
                 other_bytes += array.nbytes
-        num_places = sum(engine.experts.cache.num_places for engine in offload)
+        num_places = sum(engine.places.num_places for engine in offload)
         return Held(other_bytes, num_experts, num_places, 1 + len(offload))
 
     def close(self) -> list[str]:
