@@ -18,6 +18,9 @@ Suites:
   offload decoding with experts in host memory, on links held to --links: how much of copying hides
           behind computing, with experts predicted by an oracle, by the routers, or not at all; the
           rows of a paper's table; and what a loop over layers costs where nothing moves
+  engines what takes decode steps: the resident engine, the thread and the compiled one, with places
+          for all experts and for half of them; how fast a program fetches experts, beside plain
+          copies; what fetching ahead gives in a program; how long the program takes to compile
 
 Examples:
   python scripts/bench.py
@@ -30,6 +33,8 @@ Examples:
   python scripts/bench.py --suite=load --models=path/to/model,path/to/store
   python scripts/bench.py --suite=convert --model=mixtral-8x7b --random_weights --num_layers=1
   python scripts/bench.py --suite=offload --links=0.5,1,2 --parts=overlap,overhead
+  python scripts/bench.py --suite=engines --parts=decode,ahead --repeats=9
+  python scripts/bench.py --suite=engines --parts=compile --model=mixtral-8x7b --random_weights
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -47,6 +52,7 @@ _SUITES = {
     "load": "_bench.load",
     "convert": "_bench.convert",
     "offload": "_bench.offload",
+    "engines": "_bench.engines",
 }
 _PEERS = {"decode": ("transformers", "xla"), "kernels": ("torch",)}
 
@@ -75,8 +81,14 @@ _FORMATS = flags.DEFINE_list(
     "formats", "8g64sf,4g64,3g64,2g16,bf16,f32", "Suite kernels: of the experts."
 )
 _TOKENS = flags.DEFINE_list("tokens", "1,16,64,512", "Suite kernels: tokens at once.")
+_PARTS = flags.DEFINE_list(
+    "parts",
+    None,
+    "What to measure of the suite offload: overlap,paper,overhead; of engines: "
+    "decode,fetch,ahead,compile. Default: all of it.",
+)
+_LAYERS = flags.DEFINE_list("layers", "12,32,56", "Suite engines: of the models to compile.")
 _LINKS = flags.DEFINE_list("links", "0.5,1,2", "Suite offload: speeds in GB/s (10^9 bytes).")
-_PARTS = flags.DEFINE_list("parts", "overlap,paper,overhead", "Suite offload: what to measure.")
 _COPIES = flags.DEFINE_bool(
     "copies",
     True,
@@ -110,10 +122,11 @@ def main() -> None:
         operations=tuple(_OPERATIONS.value),
         formats=tuple(_FORMATS.value),
         tokens=read_integers("tokens", _TOKENS.value),
+        parts=check_parts(_PARTS.value, _SUITE.value),
         links=read_speeds("links", _LINKS.value),
-        parts=check_parts(_PARTS.value),
         copies=_COPIES.value,
         plot=_PLOT.value,
+        layers=read_integers("layers", _LAYERS.value),
     )
     with report.ResultFile(_OUTPUT_FILE.value) as result_file:
         header = {

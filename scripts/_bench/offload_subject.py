@@ -10,6 +10,7 @@ import numpy as np
 
 import jmoe
 from _bench.settings import Settings
+from jmoe.engines.contest import EngineName
 from jmoe.engines.offload import OffloadEngine
 from jmoe.engines.prediction import OraclePredictor
 from jmoe.engines.resident import ResidentEngine
@@ -62,10 +63,16 @@ class OffloadSubject:
       token_ids: the text.
     """
 
-    def __init__(self, settings: Settings):
-        _check(settings)
+    def __init__(self, settings: Settings, engine: EngineName = "thread"):
+        """Args:
+        settings: that leave to suites what they choose.
+        engine: of base.
+        """
+        check_flags(settings)
         loading = dict(settings.loading)
-        loading["policy"] = Policy(mode="offload", lookahead=0, prefill_chunk=PREFILL_CHUNK)
+        loading["policy"] = Policy(
+            mode="offload", lookahead=0, prefill_chunk=PREFILL_CHUNK, engine=engine
+        )
         for flag in ("link_gb_per_s", "link_latency_us"):
             loading.pop(flag)
         llm = jmoe.load(settings.model, **loading, progress=True)
@@ -95,20 +102,43 @@ class OffloadSubject:
     def blob_bytes(self) -> int:
         return self.base.layout.num_bytes
 
+    def to_json(self) -> dict[str, Any]:
+        base = self.base
+        return {
+            "name": self.name,
+            "dtype": base.dtype,
+            "quant": None if base.quant is None else str(base.quant),
+            "host_kernels": base.host and dataclasses.asdict(base.host),
+            "notes": list(self.notes),
+            "num_hidden_layers": self.num_layers,
+            "num_experts": base.config.router.num_experts,
+            "expert_bytes": self.blob_bytes,
+            "new_tokens": self.new_tokens,
+        }
+
     def link_s(self, copies: int, bytes_per_s: float) -> float:
         """Seconds for which a link of this speed is occupied by so many copies."""
         return copies * (self._latency_s + self.blob_bytes / bytes_per_s)
 
     def engine(
-        self, slots: int, num_staging: int, lookahead: int, bytes_per_s: float | None
+        self,
+        slots: int,
+        num_staging: int,
+        lookahead: int,
+        bytes_per_s: float | None,
+        **policy_fields: Any,
     ) -> OffloadEngine:
-        """An engine with so many slots per layer; None is the device's own link."""
+        """An engine with so many slots per layer; None is the device's own link.
+
+        What is not said is as base has it.
+        """
         base = self.base
         policy = dataclasses.replace(
             base.plan.policy,
             slots=(slots,) * self.num_layers,
             num_staging=num_staging,
             lookahead=lookahead,
+            **policy_fields,
         )
         engine = OffloadEngine(
             base.config,
@@ -151,7 +181,10 @@ class OffloadSubject:
             engine.experts.resize((0,) * self.num_layers, 0)
 
     def run(self, engine: Engine, num_tokens: int | None = None) -> Run:
-        """A generation of decode steps after the first token. The text must be the subject's."""
+        """A generation of decode steps after the first token.
+
+        Two loops over layers must make the same text.
+        """
         num_tokens = num_tokens or self.new_tokens
         options = GenerationOptions(max_new_tokens=num_tokens + 1)
         batch = engine.start([self._prompt], options)
@@ -159,8 +192,12 @@ class OffloadSubject:
         stats = batch.stats()
         assert stats.decode_tokens == num_tokens
         expected = getattr(self, "token_ids", token_ids)[: len(token_ids)]
-        # The one-executable step adds in another order, and may choose otherwise at a near tie.
-        assert token_ids == expected or isinstance(engine, ResidentEngine), "another text"
+        # The one-executable steps add in another order, and may choose otherwise at a near tie.
+        loops = (
+            isinstance(engine, OffloadEngine)
+            and engine.decodes_by == self.base.decodes_by == "thread"
+        )
+        assert token_ids == expected or not loops, "another text"
         residency = stats.residency
         return Run(stats.decode_s, token_ids, residency and residency.decode)
 
@@ -178,15 +215,18 @@ def _parameters(base: OffloadEngine) -> Iterator[np.ndarray | jax.Array]:
             yield next(layers[int(name.split(".")[1])] if name.startswith("layers.") else ends)
 
 
-def _check(settings: Settings) -> None:
-    given = settings.loading
-    chosen: dict[str, Any] = {"policy": "auto", "device_memory_gib": None, "link_gb_per_s": None}
-    for flag, default in chosen.items():
-        if given[flag] != default:
-            raise RequestError(
-                f"the suite offload chooses --{flag} itself",
-                got=given[flag],
-                do="leave it out; --links names the speeds of the link",
-            )
+def check_flags(settings: Settings) -> None:
+    """Raises RequestError for flags about what a suite chooses itself."""
+    links = "leave it out; --suite=offload --links names speeds of the link"
+    chosen = {
+        "policy": ("auto", "leave it out"),
+        "engine": (None, "leave it out; --suite=engines compares engines"),
+        "tokens_per_call": (None, "leave it out; --suite=engines compares engines"),
+        "device_memory_gib": (None, "leave it out"),
+        "link_gb_per_s": (None, links),
+    }
+    for flag, (default, do) in chosen.items():
+        if (given := settings.loading[flag]) != default:
+            raise RequestError(f"the suite chooses --{flag} itself", got=given, do=do)
     if not settings.new_tokens:
-        raise RequestError("the suite offload measures decoding", do="give --new_tokens above 0")
+        raise RequestError("the suite measures decoding", do="give --new_tokens above 0")

@@ -9,7 +9,11 @@ import jmoe
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
 
-OFFLOAD_PARTS = ("overlap", "paper", "overhead")
+# By suite, in the order in which they are measured if nobody says which.
+PARTS: dict[str, tuple[str, ...]] = {
+    "offload": ("overlap", "paper", "overhead"),
+    "engines": ("decode", "fetch", "ahead", "compile"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,11 @@ class Settings:
     operations: tuple[str, ...] = ()  # of the suite kernels, as the following
     formats: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()  # of suites that have some
     links: tuple[float, ...] = ()  # bytes per second; of the suite offload, as the following
-    parts: tuple[str, ...] = ()
     copies: bool = True
     plot: str | None = None
+    layers: tuple[int, ...] = ()  # of the programs that the suite engines compiles
 
     def __post_init__(self):
         if not self.batch_sizes:
@@ -79,11 +84,16 @@ def read_speeds(flag: str, values: Sequence[str]) -> tuple[float, ...]:
     return speeds
 
 
-def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts of the suite offload (RequestError)."""
-    if not parts or not set(parts) <= set(OFFLOAD_PARTS):
+def check_parts(parts: Sequence[str] | None, suite: str = "offload") -> tuple[str, ...]:
+    """The parts of a suite: these, or all of them (RequestError)."""
+    known = PARTS.get(suite, ())
+    if parts is None:
+        return known
+    if not known:
+        raise RequestError(f"--suite={suite} has no parts", got=f"--parts={','.join(parts)}")
+    if not parts or not set(parts) <= set(known):
         raise RequestError(
-            "--parts is not usable", got=repr(",".join(parts)), expected=",".join(OFFLOAD_PARTS)
+            "--parts is not usable", got=repr(",".join(parts)), expected=",".join(known)
         )
     return tuple(dict.fromkeys(parts))
 
