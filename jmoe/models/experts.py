@@ -224,7 +224,10 @@ def experts_in_slots(
       host: kernels to compute with, on the CPU backend.
     """
     num_tokens, top_k = slot_TK.shape
-    x_AD, slot_A = jnp.repeat(x_TD, top_k, axis=0), slot_TK.reshape(-1)
+    # As an array of its own: XLA:GPU compiles the kernels of layers once if they are equal, but
+    # not with numbers of a layer's slots in them.
+    slot_A = lax.optimization_barrier(slot_TK.reshape(-1))
+    x_AD = jnp.repeat(x_TD, top_k, axis=0)
     with jax.named_scope("experts"):
         if host is not None and activation == "silu" and host.takes_experts(layout.formats, 1):
             ones_A1 = jnp.ones((num_tokens * top_k, 1), jnp.float32)

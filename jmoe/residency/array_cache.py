@@ -152,21 +152,15 @@ def hold(
         recent ones in this order.
       host_EI: blobs of the layer, in host memory or wherever.
     """
-    state = _touch(state, layer, needed_U, static.rule)
-    found = _find(state, static, layer, needed_U)
-    state = _fetch(state, static, layer, found, needed_U, host_EI, is_ahead=False)
-
-    used_S = found.mark(found.is_here_U)
-    num_useful = jnp.sum(used_S & state.unused_S)
-    counts_C = jnp.zeros(len(COUNTS), jnp.int32)
-    counts_C = counts_C.at[0].set(jnp.sum(found.is_here_U)).at[1].set(jnp.sum(found.is_missing_U))
-    counts_C = counts_C.at[3].set(num_useful).at[4].set(found.num_useless)
-    state = dataclasses.replace(
-        state,
-        unused_S=state.unused_S & ~used_S,
-        counts_LC=state.counts_LC.at[layer].add(counts_C),
-    )
-    return state, found.slot_U
+    pool = _pool(static, layer)
+    state = _touch(state, pool.layer, needed_U, static.rule)
+    found = _find(state, pool, needed_U)
+    num_useful = jnp.sum(found.is_asked_P & found.unused_P)
+    unused_P = found.unused_P & ~found.is_asked_P & ~found.is_taken_P
+    state = _fetch(state, pool, found, host_EI, unused_P)
+    num_hits, num_misses = jnp.sum(found.is_here_U), jnp.sum(found.is_missing_U)
+    counts = (num_hits, num_misses, 0, num_useful, found.num_useless)
+    return _count(state, pool, counts), found.slot_U
 
 
 def fetch_ahead(
@@ -181,103 +175,156 @@ def fetch_ahead(
     Arguments as of ``hold``; the layer must have a pool of its own. Nothing counts as used: what is
     predicted wrongly goes first.
     """
-    found = _find(state, static, layer, predicted_U)
-    state = _fetch(state, static, layer, found, predicted_U, host_EI, is_ahead=True)
-    counts_C = jnp.zeros(len(COUNTS), jnp.int32)
-    counts_C = counts_C.at[2].set(jnp.sum(found.is_missing_U)).at[4].set(found.num_useless)
-    return dataclasses.replace(state, counts_LC=state.counts_LC.at[layer].add(counts_C))
+    pool = _pool(static, layer)
+    found = _find(state, pool, predicted_U)
+    unused_P = found.unused_P | found.is_taken_P
+    state = _fetch(state, pool, found, host_EI, unused_P)
+    return _count(state, pool, (0, 0, jnp.sum(found.is_missing_U), 0, found.num_useless))
+
+
+# Comparisons of all with all, not scatters and sorts: a GPU does many of them in one kernel.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """A layer's pool of slots.
+
+    Attributes:
+      layer: its number.
+      first_key: of its experts: layer * num_experts.
+      first_slot: of the pool.
+      num_slots: of the pool.
+    """
+
+    layer: jax.Array
+    first_key: jax.Array
+    first_slot: jax.Array
+    num_slots: int
+
+
+def _pool(static: CacheStatic, layer: int) -> _Pool:
+    first_slot, num_slots = static.pool(layer)
+    # Numbers that XLA does not know: so kernels of layers are equal, and are compiled once.
+    numbers = jnp.array([layer, layer * static.num_experts, first_slot], jnp.int32)
+    numbers = lax.optimization_barrier(numbers)
+    return _Pool(numbers[0], numbers[1], numbers[2], num_slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Where experts are or will be.
+    """Where experts are or will be, in a pool of P slots.
 
     Attributes:
-      slot_U: of each.
+      keys_U: layer * num_experts + expert of each.
+      slot_U: of each, among those of all pools.
       is_here_U: which are in slots.
       is_missing_U: which have to be fetched.
-      num_useless: experts that were fetched ahead and leave unused.
-      num_slots: of the cache.
+      takes_UP: the slot that each of those will take.
+      is_asked_P: slots of those that are here.
+      key_P: as in ``CacheState``, so far.
+      unused_P: likewise.
     """
 
+    keys_U: jax.Array
     slot_U: jax.Array
     is_here_U: jax.Array
     is_missing_U: jax.Array
-    num_useless: jax.Array
-    num_slots: int
+    takes_UP: jax.Array
+    is_asked_P: jax.Array
+    key_P: jax.Array
+    unused_P: jax.Array
 
-    def into(self, where_U: jax.Array) -> jax.Array:
-        """Slots of some of them; of the others a number that is dropped."""
-        return jnp.where(where_U, self.slot_U, self.num_slots)
+    @property
+    def is_taken_P(self) -> jax.Array:
+        return jnp.any(self.takes_UP, axis=0)
 
-    def mark(self, where_U: jax.Array) -> jax.Array:
-        """Which slots are those of some of them."""
-        return jnp.zeros(self.num_slots, bool).at[self.into(where_U)].set(True, mode="drop")
+    @property
+    def num_useless(self) -> jax.Array:
+        """Experts that were fetched ahead and leave unused."""
+        return jnp.sum(self.is_taken_P & self.unused_P)
 
 
-def _find(state: CacheState, static: CacheStatic, layer: int, experts_U: jax.Array) -> _Found:
-    first, num_slots = static.pool(layer)
+def _find(state: CacheState, pool: _Pool, experts_U: jax.Array) -> _Found:
     is_any_U = experts_U >= 0
-    key_P = lax.dynamic_slice_in_dim(state.key_S, first, num_slots)
-    keys_U = experts_U + layer * static.num_experts
+    key_P = lax.dynamic_slice_in_dim(state.key_S, pool.first_slot, pool.num_slots)
+    keys_U = experts_U + pool.first_key
     matches_UP = (keys_U[:, None] == key_P) & is_any_U[:, None]
-    is_here_U = jnp.any(matches_UP, axis=1)
+    is_here_U, is_asked_P = jnp.any(matches_UP, axis=1), jnp.any(matches_UP, axis=0)
     is_missing_U = is_any_U & ~is_here_U
     # Empty slots go first, then the least valued; what is needed now stays.
-    order_P = jnp.where(jnp.any(matches_UP, axis=0), 2, key_P >= 0)
+    order_P = jnp.where(is_asked_P, 2, key_P >= 0)
     victims_P = jnp.lexsort((state.value_LE.reshape(-1)[key_P], order_P))
-    rank_U = jnp.cumsum(is_missing_U) - 1
-    slot_U = first + jnp.where(is_here_U, jnp.argmax(matches_UP, axis=1), victims_P[rank_U])
-    found = _Found(slot_U, is_here_U, is_missing_U, jnp.int32(0), static.num_slots)
-    num_useless = jnp.sum(found.mark(is_missing_U) & state.unused_S)
-    return dataclasses.replace(found, num_useless=num_useless)
+    place_U = jnp.where(is_here_U, jnp.argmax(matches_UP, axis=1), victims_P[_rank(is_missing_U)])
+    return _Found(
+        keys_U=keys_U,
+        slot_U=pool.first_slot + place_U,
+        is_here_U=is_here_U,
+        is_missing_U=is_missing_U,
+        takes_UP=(place_U[:, None] == jnp.arange(pool.num_slots)) & is_missing_U[:, None],
+        is_asked_P=is_asked_P,
+        key_P=key_P,
+        unused_P=lax.dynamic_slice_in_dim(state.unused_S, pool.first_slot, pool.num_slots),
+    )
+
+
+def _rank(is_missing_U: jax.Array) -> jax.Array:
+    """How many that are missing come before each."""
+    return jnp.cumsum(is_missing_U) - is_missing_U
 
 
 def _fetch(
     state: CacheState,
-    static: CacheStatic,
-    layer: int,
+    pool: _Pool,
     found: _Found,
-    experts_U: jax.Array,
     host_EI: Array,
-    *,
-    is_ahead: bool,
+    unused_P: jax.Array,
 ) -> CacheState:
-    """Copies missing experts into their slots."""
-    missing_first = jnp.argsort(~found.is_missing_U, stable=True)
+    """Copies missing experts into their slots; unused_P is to be the pool's part of unused_S."""
+    experts_U = found.keys_U - pool.first_key
+    turns_U = jnp.arange(len(experts_U))
+    is_turn_UN = (_rank(found.is_missing_U)[:, None] == turns_U) & found.is_missing_U[:, None]
+    expert_N, slot_N = (
+        jnp.sum(jnp.where(is_turn_UN, of_U[:, None], 0), axis=0)
+        for of_U in (experts_U, found.slot_U)
+    )
 
-    def fetch_one(i: jax.Array, slots_SI: jax.Array) -> jax.Array:
-        u = missing_first[i]
-        blob = lax.dynamic_index_in_dim(host_EI, experts_U[u], 0)
+    def fetch_one(n: jax.Array, slots_SI: jax.Array) -> jax.Array:
+        blob = lax.dynamic_index_in_dim(host_EI, expert_N[n], 0)
         blob = jax.device_put(blob, jax.memory.Space.Device)
-        return lax.dynamic_update_slice(slots_SI, blob, (found.slot_U[u], 0))
+        return lax.dynamic_update_slice(slots_SI, blob, (slot_N[n], 0))
 
     with jax.named_scope("fetch"):
         num_missing = jnp.sum(found.is_missing_U)
         slots_SI = lax.fori_loop(0, num_missing, fetch_one, state.slots_SI)
-    into_U = found.into(found.is_missing_U)
-    keys_U = experts_U + layer * static.num_experts
+    new_P = jnp.max(jnp.where(found.takes_UP, found.keys_U[:, None], -1), axis=0)
+    key_P = jnp.where(new_P >= 0, new_P, found.key_P)
     return dataclasses.replace(
         state,
         slots_SI=slots_SI,
-        key_S=state.key_S.at[into_U].set(keys_U, mode="drop"),
-        unused_S=state.unused_S.at[into_U].set(is_ahead, mode="drop"),
+        key_S=lax.dynamic_update_slice(state.key_S, key_P, (pool.first_slot,)),
+        unused_S=lax.dynamic_update_slice(state.unused_S, unused_P, (pool.first_slot,)),
     )
+
+
+def _count(state: CacheState, pool: _Pool, counts: Sequence[jax.Array | int]) -> CacheState:
+    counts_C = jnp.stack([jnp.int32(count) for count in counts])
+    return dataclasses.replace(state, counts_LC=state.counts_LC.at[pool.layer].add(counts_C))
 
 
 def _touch(state: CacheState, layer: jax.Array | int, used_U: jax.Array, rule: Rule) -> CacheState:
     """Takes note that a layer uses experts, in this order; -1 is none."""
     num_used, num_experts = used_U.shape[0], state.value_LE.shape[1]
-    into_U = jnp.where(used_U >= 0, used_U, num_experts)
     value_E, clock = state.value_LE[layer], state.clock
+    is_used_UE = used_U[:, None] == jnp.arange(num_experts)
     if rule == "lru":
         new_U = clock + 1 + jnp.arange(num_used)
+        new_E = jnp.max(jnp.where(is_used_UE, new_U[:, None], 0), axis=0)
         clock = clock + num_used
     else:
         # As eviction.LFU, but as of now and not as of step 0: float32 is exact enough near 0.
         value_E = value_E + jnp.float32(math.log(LFU_DECAY))
-        new_U = jnp.logaddexp(value_E.at[into_U].get(mode="fill", fill_value=0), 0.0)
-    value_E = value_E.at[into_U].set(new_U, mode="drop")
+        new_E = jnp.logaddexp(value_E, 0.0)
+    value_E = jnp.where(jnp.any(is_used_UE, axis=0), new_E, value_E)
     return dataclasses.replace(state, value_LE=state.value_LE.at[layer].set(value_E), clock=clock)
 
 
