@@ -1,4 +1,5 @@
-"""What is compiled for the H100: parts and programs of Mixtral-8x7B, at its real sizes.
+"""What is compiled for the H100: parts and programs of Mixtral-8x7B, at its real sizes, and the
+decode program of the compiled engine at those of Qwen3-30B-A3B, too.
 
 Limits are what was measured with jax 0.11.2 and 0.12.0.1 (docs/measurements/h100-hlo.md) and
 a little more.
@@ -9,7 +10,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,14 +32,18 @@ from jmoe.quant.formats import QuantFormat
 from jmoe.quant.matmul import MAX_REDUCE_ROWS
 from jmoe.quant.spec import QuantSpec, parse_spec
 from tests.hlo import h100
+from tests.hlo.offload_decode import (
+    CACHE_CAPACITY,
+    CONFIG_FILE,
+    DTYPE,
+    QWEN3_30B_A3B,
+    OffloadDecode,
+)
 
-CONFIG_FILE = Path(__file__).parents[2] / "configs/models/mixtral-8x7b.json"
 NUM_LAYERS = 2
-CACHE_CAPACITY = 4096
 TOKENS = (1, 2, 4, 16, 64)
 MANY = 64
 TILE_MIB = ACCELERATOR_TILE_BYTES / 2**20
-DTYPE = "bfloat16"
 
 
 def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
@@ -206,7 +210,8 @@ class Case:
       float_mib: size of the largest array of floats that it writes, at most.
       codes_mib: the same for bytes, in which codes and scales are stored.
       donated_bytes: arguments that its results take over, at least.
-      host_loops: loops that stop for the host at every iteration, at most.
+      host_loops: loops that stop for the host at every iteration, and branches, at most.
+      besides: an array that may be larger: an expert on its way into a slot.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -215,6 +220,7 @@ class Case:
     codes_mib: float = 0.5
     donated_bytes: int = 0
     host_loops: int = 0
+    besides: str | None = None
 
 
 def _experts() -> Iterator[tuple[str, Case]]:
@@ -350,4 +356,43 @@ def _layer_programs() -> Iterator[tuple[str, Case]]:
             )
 
 
-CASES: dict[str, Case] = dict([*_experts(), *_products(), *_programs(), *_layer_programs()])
+def _offload_decodes() -> Iterator[tuple[str, Case]]:
+    """Of the compiled engine: a loop per layer fetches what is missing into slots."""
+    mixtral = functools.partial(OffloadDecode, quant="attn4-experts4", slots=5)
+    qwen = functools.partial(OffloadDecode, quant="attn4-experts4", slots=64, sizes=QWEN3_30B_A3B)
+    int8 = OffloadDecode(quant="int8", slots=3)
+    bf16 = OffloadDecode(quant="bf16", slots=3)
+    # Beside an expert on its way: partial sums of some projections, outputs of attention.
+    decodes = [
+        ("int4, 1 sequence", mixtral(), 1.0, 2.5, NUM_LAYERS),
+        ("int4, 2 sequences", mixtral(batch_size=2), 1.0, 2.5, NUM_LAYERS),
+        # Eight experts at most in seven slots: two rounds.
+        ("int4, 4 sequences", mixtral(batch_size=4, slots=7), 1.0, 2.5, NUM_LAYERS),
+        # One loop for the tokens, and one for what is fetched ahead of the second layer.
+        ("int4, 4 tokens, 1 ahead", mixtral(num_tokens=4, num_ahead=1), 1.0, 2.5, 2 + NUM_LAYERS),
+        ("int8, 1 sequence", int8, 1.0, 4.5, NUM_LAYERS),
+        ("bf16, 1 sequence", bf16, 1.0, 0.5, NUM_LAYERS),
+        ("Qwen3 int4, 1 sequence", qwen(), 2.5, 4.5, NUM_LAYERS),
+        ("Qwen3 int4, 2 sequences", qwen(batch_size=2), 2.5, 4.5, NUM_LAYERS),
+        ("Qwen3 int4, 4 sequences", qwen(batch_size=4), 11.0, 4.5, NUM_LAYERS),
+    ]
+    for name, decode_tokens, temp_mib, float_mib, host_loops in decodes:
+        config = decode_tokens.config
+        kv_bytes = cache_bytes(config, decode_tokens.batch_size, CACHE_CAPACITY, DTYPE)
+        yield (
+            f"decode_tokens {name}",
+            Case(
+                lower=decode_tokens.lower,
+                temp_mib=decode_tokens.blob_bytes / 2**20 + temp_mib,
+                float_mib=float_mib,
+                codes_mib=2.0,
+                donated_bytes=decode_tokens.slots_bytes + kv_bytes,
+                host_loops=host_loops,
+                besides=decode_tokens.blob,
+            ),
+        )
+
+
+CASES: dict[str, Case] = dict(
+    [*_experts(), *_products(), *_programs(), *_layer_programs(), *_offload_decodes()]
+)

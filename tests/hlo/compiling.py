@@ -30,7 +30,8 @@ class Report:
       donated_bytes: of arguments that results take over.
       arrays: (dtype, text, bytes) of arrays that it writes, if large, largest first.
       num_kernels: kernels and copies in the program's text.
-      num_host_loops: loops that stop for the host at every iteration.
+      num_launches: of these that run, if loops of unknown length have nothing to do.
+      num_host_loops: loops that stop for the host at every iteration, and branches that do.
       compile_s: how long it took, on a machine that may have been busy.
     """
 
@@ -40,12 +41,14 @@ class Report:
     donated_bytes: int
     arrays: list[tuple[str, str, int]]
     num_kernels: int
+    num_launches: int
     num_host_loops: int
     compile_s: float
 
-    def largest_bytes(self, dtypes: Iterable[str]) -> int:
-        """Of the arrays of these types; 0 if none is large enough to be listed."""
-        return max((size for dtype, _, size in self.arrays if dtype in dtypes), default=0)
+    def largest_bytes(self, dtypes: Iterable[str], besides: str | None = None) -> int:
+        """Of the arrays of these types, but for one; 0 if none is large enough to be listed."""
+        sizes = (size for dtype, text, size in self.arrays if dtype in dtypes and text != besides)
+        return max(sizes, default=0)
 
 
 class Compilations:

@@ -34,6 +34,7 @@ def report(name: str) -> Report:
         donated_bytes=memory.alias_size_in_bytes,
         arrays=arrays,
         num_kernels=optimized.num_kernels(hlo),
+        num_launches=optimized.num_launches(hlo),
         num_host_loops=optimized.num_host_loops(hlo),
         compile_s=compile_s,
     )
