@@ -105,7 +105,7 @@ class OffloadEngine(ExpertModel):
         self.plan = plan
         self.recorder: TraceRecorder | None = None
         self.predictor: Predictor | None = None
-        self.store = store or _store(self)
+        self.store = store or _store(self, as_arrays=policy.engine != "thread")
         self.host_layers.clear()  # which the store may move
         self._replan = replan
         # As compiled, by batch, and for which workspace.
@@ -349,12 +349,12 @@ class OffloadEngine(ExpertModel):
         return list(cache.layers)
 
 
-def _store(model: ExpertModel) -> ExpertStore:
+def _store(model: ExpertModel, as_arrays: bool) -> ExpertStore:
     """Of the blobs that a model was given."""
     shape = (-1, model.layout.num_bytes)
     layers = [layer.view(np.uint8).reshape(shape) for layer in model.host_layers]
     store = ExpertStore(
         model.layout, layers, "ram", "read into memory", spare_bytes=available_host_bytes()
     )
-    store.lock_pages(model.device)
+    store.lock_pages(model.device, as_arrays=as_arrays)
     return store
