@@ -81,6 +81,7 @@ def test_random_weights_depend_on_the_seed_only(shape, quant):
         ({"host_memory": "disk"}, ConfigError, ("disk", "mmap")),
         ({"policy": "resident", "engine": "compiled"}, RequestError, ("engine compiled",)),
         ({"policy": "offload", "tokens_per_call": 2}, ConfigError, ("the engine thread",)),
+        ({"engine": "auto", "link_gb_per_s": 1.0}, RequestError, ("engine auto", "1.0 GB/s")),
         ({"engine": "compiled", "tokens_per_call": 0}, ConfigError, ("from 1 to 256",)),
         (
             {"model": "mixtral-8x22b", "random_weights": True, "quant": "int8"},

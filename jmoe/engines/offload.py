@@ -1,5 +1,6 @@
 """The offload engine: experts in host memory, a cache of them on the device, moved ahead of use."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -102,7 +103,6 @@ class OffloadEngine(ExpertModel):
         """
         policy = plan.policy
         super().__init__(config, parameters, dtype, device, quant, host, policy)
-        self.plan = plan
         self.recorder: TraceRecorder | None = None
         self.predictor: Predictor | None = None
         self.store = store or _store(self, as_arrays=policy.engine != "thread")
@@ -112,6 +112,11 @@ class OffloadEngine(ExpertModel):
         self._plans: dict[BatchShape, tuple[Plan, int]] = {}
         self._run: OffloadSteps | None = None
         self._closed = False
+        self._contests: dict[int, Contest] = {}  # by sequences at once
+        self.notes: list[str] = []
+        self.host_blobs = self._host_arrays() if policy.engine != "thread" else ()
+        self.plan = self._possible(plan)
+        policy = self.plan.policy
         assert policy.slots is not None
         cache = SlotCache(
             policy.slots,
@@ -122,9 +127,6 @@ class OffloadEngine(ExpertModel):
             min_free=self._min_free(policy),
         )
         store = self.store  # the fetcher's thread must not refer to the engine
-        self.notes: list[str] = []
-        self._contests: dict[int, Contest] = {}  # by sequences at once
-        self.host_blobs = self._host_arrays()
         self.places = SwitchingExperts(
             DeviceExperts(link, lambda key: store.layer(key.layer)[key.expert], cache, timeline),
             self.layout.num_bytes,
@@ -132,7 +134,7 @@ class OffloadEngine(ExpertModel):
             self._make_slots if self.host_blobs else None,
             policy.eviction,
         )
-        if policy.engine == "compiled" and self.host_blobs:
+        if policy.engine == "compiled":
             self.places.move_into_slots()
 
     @property
@@ -247,16 +249,20 @@ class OffloadEngine(ExpertModel):
         return shape.batch_size, min(shape.capacity, self.config.max_position_embeddings)
 
     def _adopt(self, plan: Plan) -> None:
-        policy = plan.policy
+        self.plan = self._possible(plan)
+        policy = self.plan.policy
         assert policy.slots is not None
-        self.plan = plan
         self.places.resize(policy.slots, policy.num_staging)
         self.experts.cache.min_free = self._min_free(policy)
 
+    def _possible(self, plan: Plan) -> Plan:
+        """The plan, but by the thread engine if programs cannot read host memory."""
+        if plan.policy.engine == "thread" or self.host_blobs:
+            return plan
+        return dataclasses.replace(plan, policy=plan.policy.for_thread(self.config))
+
     def _host_arrays(self) -> tuple[jax.Array, ...]:
-        """Experts in host memory as programs read them, if any is to."""
-        if self.plan.policy.engine == "thread":
-            return ()
+        """Experts in host memory as programs read them; none, with a note, if they cannot."""
         try:
             return host_arrays(self.store, self.device)
         except TransferError as error:

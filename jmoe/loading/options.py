@@ -61,6 +61,12 @@ class LoadOptions:
         _ = self.requested_policy  # which raises
         _require_positive(self.device_memory_gib, "the budget of device memory, in GiB,")
         _require_positive(self.link_gb_per_s, "the speed of the link, in GB/s,")
+        if self.link_gb_per_s is not None and self._chosen_engine != "thread":
+            raise RequestError(
+                "only the engine thread copies over a link that can be held to a speed",
+                got=f"the engine {self._chosen_engine}, and {self.link_gb_per_s} GB/s",
+                do="leave one of them out",
+            )
         _require_positive(self.context, "the number of positions to plan for")
         if self.num_layers is not None and not self.random_weights:
             raise RequestError(
@@ -105,6 +111,13 @@ class LoadOptions:
                 do="leave it out, or change the policy",
             )
         return dataclasses.replace(policy, **asked)
+
+    @property
+    def _chosen_engine(self) -> str:
+        requested = self.requested_policy
+        if isinstance(requested, Policy):
+            return requested.engine
+        return self.with_engine(Policy(mode="offload")).engine
 
     @property
     def budget_bytes(self) -> int | None:

@@ -148,6 +148,25 @@ class Policy:
                     do="give it more of them, or leave num_staging out",
                 )
 
+    def for_thread(self, config: ModelConfig) -> Self:
+        """The same places for the engine thread, where no program can hold the experts.
+
+        Some slots become staging, if that is needed for layers without slots.
+        """
+        assert isinstance(self.slots, tuple)
+        slots = list(self.slots)
+        missing = max(0, least_staging(config) - self.num_staging)
+        for _ in range(missing):
+            slots[slots.index(max(slots))] -= 1
+        return dataclasses.replace(
+            self,
+            slots=tuple(slots),
+            num_staging=self.num_staging + missing,
+            engine="thread",
+            tokens_per_call=1,
+            fetch_ahead=0,
+        )
+
     def _check_slots(self, config: ModelConfig) -> None:
         """Raises RequestError if one program has too few slots for the experts of a token."""
         top_k, slots = config.router.top_k, self.slots

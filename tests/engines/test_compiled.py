@@ -260,6 +260,16 @@ def test_where_memory_cannot_be_locked_the_thread_engine_takes_over(
     assert texts == [expected[0]]
     assert residency_of(run).engine == "thread"
     engine.close()
+    # With as many places as a program needs at least; one layer's would not be enough.
+    few = make_engine(model, slots=0, num_staging=model.top_k + 3, engine=kind)
+    assert greedy(few, prompts_of(model, 5), NEW_TOKENS)[0] == [expected[0]]
+    few.close()
+    if kind == "compiled":
+        fewest = model.engine((1, 1, 0), engine=kind, num_staging=3, prefill_chunk=CHUNK)
+        policy = fewest.plan.policy
+        assert (policy.slots, policy.num_staging) == ((0, 1, 0), model.top_k + 2)
+        assert greedy(fewest, prompts_of(model, 5), NEW_TOKENS)[0] == [expected[0]]
+        fewest.close()
 
 
 @pytest.mark.parametrize("winner", ["thread", "compiled"])
