@@ -10,7 +10,6 @@ import numpy as np
 from jmoe.engines.compiled_programs import Limits, Made, StepStatic, decode_tokens
 from jmoe.engines.programs import DecodeState
 from jmoe.engines.steps import BatchShape, Ending, Sampling
-from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.models.kv_cache import KVCache
 from jmoe.residency.array_cache import abstract_cache
 
@@ -153,53 +152,3 @@ def compile_decode(
     )
     model.last_programs.append(program)
     return program
-
-
-def score(model: "OffloadEngine", cache: KVCache, token_ids_BL: np.ndarray) -> np.ndarray:
-    """Logits of sequences token by token: float32 [B, L, V].
-
-    Args:
-      model: with its experts in slots.
-      cache: empty; donated.
-      token_ids_BL: of equal length.
-    """
-    batch_size, length = token_ids_BL.shape
-    num_tokens, put, slots = model.plan.policy.tokens_per_call, model.put, model.slots
-    assert slots is not None
-    shape = BatchShape(
-        batch_size=batch_size,
-        chunks=(),
-        capacity=0,
-        kind=SamplingKind(greedy=True, truncated=False, penalized=False),
-    )
-    one = put(np.float32(1))
-    values = SamplingValues(one, put(np.int32(0)), one, one, one)
-    sampling = put(np.zeros(2, np.uint32)), values
-    active_B = put(np.ones(batch_size, bool))
-    ends_B = put(np.full(batch_size, length + 1, np.int32))
-    limits = Limits(stop_ids=put(np.full(MIN_STOP_IDS, -1, np.int32)), lengths_B=ends_B)
-    # What follows each token, and whatever after the last one.
-    next_LB = np.zeros((-(-length // num_tokens) * num_tokens, batch_size), np.int32)
-    next_LB[: length - 1] = token_ids_BL[:, 1:].T
-    start_B = put(np.zeros(batch_size, np.int32))
-    state = DecodeState(cache, start_B, put(token_ids_BL[:, 0].astype(np.int32)), None)
-    given_NB = put(next_LB[:num_tokens])
-    program = compile_decode(model, state, active_B, limits, given_NB, sampling, shape, num_tokens)
-    logits_LBV = []
-    for first in range(0, length, num_tokens):
-        given_NB = put(next_LB[first : first + num_tokens])
-        state, slots.state, made = program(
-            model.ends,
-            model.layers,
-            model.host_blobs,
-            state,
-            slots.state,
-            active_B,
-            limits,
-            given_NB,
-            *sampling,
-        )
-        assert made.logits_NBV is not None
-        logits_LBV.append(np.asarray(made.logits_NBV)[: int(made.num_steps)])
-    model.last_programs.clear()
-    return np.concatenate(logits_LBV).swapaxes(0, 1)

@@ -8,23 +8,19 @@ import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
-from jmoe.engines import compiled_decoder, layer_programs
+from jmoe.engines import offload_scoring
 from jmoe.engines.batch import BatchRun
 from jmoe.engines.contest import Contest, EngineName
-from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import ExpertModel
 from jmoe.engines.memory import remedy, smaller_plan
 from jmoe.engines.offload_steps import OffloadSteps
-from jmoe.engines.prediction import GatePredictor, Predictor
-from jmoe.engines.prompt_stream import PromptStream
-from jmoe.engines.prompts import check_prompts, pad_prompts
+from jmoe.engines.prediction import Predictor
+from jmoe.engines.prompts import check_prompts
 from jmoe.engines.steps import BatchShape
 from jmoe.errors import RequestError, TransferError
 from jmoe.generation.options import GenerationOptions
-from jmoe.models import kv_cache
-from jmoe.models.kv_cache import KVCache
 from jmoe.native.choice import HostKernels
-from jmoe.planning.chunks import longest_chunk, prompt_chunks
+from jmoe.planning.chunks import longest_chunk
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
 from jmoe.planning.policy import Policy
@@ -289,27 +285,7 @@ class OffloadEngine(ExpertModel):
         """
         check_prompts([token_ids], self.config)
         self._begin()
-        longest = self.longest_chunk(1, len(token_ids))
-        chunks = prompt_chunks(len(token_ids), longest)
-        caches = self._caches(1, sum(chunks))
-        stream = PromptStream(self, 1, caches)
-        padded_BL, start, logits = pad_prompts([token_ids], sum(chunks)), 0, []
-        for size in chunks:
-            stream.compile(size)
-            valid_BL = (start + np.arange(size) < len(token_ids))[None]
-            routed, y_AD = stream.run(
-                self.places.supply,
-                caches,
-                self.put(padded_BL[:, start : start + size]),
-                self.put(np.array([start], np.int32)),
-                self.put(valid_BL),
-            )
-            program = self.program(layer_programs.prompt_logits, routed, y_AD, self.ends, layer=0)
-            logits.append(np.asarray(program(routed, y_AD, self.ends))[0])
-            start += size
-        self.experts.settle()
-        self.last_programs.clear()
-        return np.concatenate(logits)[: len(token_ids)]
+        return offload_scoring.score_prompt(self, token_ids)
 
     def decode_logits(self, token_ids_BL: np.ndarray) -> np.ndarray:
         """Scores sequences token by token, as decode steps do: float32 [B, L, V].
@@ -317,42 +293,16 @@ class OffloadEngine(ExpertModel):
         Args:
           token_ids_BL: of equal length.
         """
-        batch_size, num_tokens = token_ids_BL.shape
         check_prompts(token_ids_BL.tolist(), self.config)
         self._begin()
-        caches = self._caches(batch_size, num_tokens)
-        if self.places.in_slots:
-            self.places.begin()
-            return compiled_decoder.score(self, KVCache(tuple(caches)), token_ids_BL)
-        predictor = self.predictor or (GatePredictor(self.num_layers) if self.lookahead else None)
-        loop = DecodeLoop(self, batch_size, predictor)
-        loop.compile(caches, self.abstract((batch_size,), "int32"))
-        valid_B = self.put(np.ones(batch_size, bool))
-
-        def finish(*experts: object) -> jax.Array:
-            program = self.program(layer_programs.last_logits, *experts, self.ends, layer=0)
-            return program(*experts, self.ends)
-
-        logits = []
-        for position in range(num_tokens):
-            start_B = self.put(np.full(batch_size, position, np.int32))
-            tokens_B = self.put(token_ids_BL[:, position].astype(np.int32))
-            logits_BLV = loop.run(self.experts, caches, tokens_B, start_B, valid_B, finish)
-            logits.append(np.asarray(logits_BLV)[:, 0])
-        self.experts.settle()
-        self.last_programs.clear()
-        return np.stack(logits, axis=1)
+        self.places.begin()
+        return offload_scoring.score_steps(self, token_ids_BL)
 
     def close(self) -> None:
         """Stops the thread that copies, and drops all experts; may be called again."""
         self._closed = True
         self.places.close()
         self.store.close()
-
-    def _caches(self, batch_size: int, num_positions: int) -> list[kv_cache.LayerCache]:
-        capacity = kv_cache.bucket_capacity(num_positions)
-        cache = kv_cache.init_cache(self.config, batch_size, capacity, self.dtype, self.device)
-        return list(cache.layers)
 
 
 def _store(model: ExpertModel, as_arrays: bool) -> ExpertStore:
