@@ -21,11 +21,7 @@ MIN_STOP_IDS = 4
 
 
 class CompiledDecoder:
-    """See ``steps.Decoder``. Of the tokens that a call made, each step hands out one.
-
-    Attributes:
-      temp_bytes: what the program takes beside its arguments and results.
-    """
+    """See ``steps.Decoder``. Of the tokens that a call made, each step hands out one."""
 
     def __init__(self, model: "OffloadEngine", shape: BatchShape, num_tokens: int):
         """Args:
@@ -41,6 +37,10 @@ class CompiledDecoder:
         self._num_tokens = num_tokens
         # Of the last call, not handed out yet: token ids by sequence, and the experts chosen.
         self._waiting: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def compile(
         self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending

@@ -208,25 +208,25 @@ class OffloadSteps:
         self, state: DecodeState, active_B: jax.Array
     ) -> tuple[DecodeState, jax.Array | np.ndarray]:
         self._check_open()
+        self._change_engine()
         start = time.perf_counter()
         state, token_ids_B, choices_LNTW = self._decoder.step(state, active_B)
         self._state = weakref.ref(state)
-        if self._contest is not None:
+        if self._contest is not None and not self._contest.is_over:
             token_ids_B = np.asarray(token_ids_B)
-            self._note_time(self._contest, time.perf_counter() - start)
+            self._contest.note(time.perf_counter() - start)
         if choices_LNTW is not None:
             self._note_choices(choices_LNTW)
         return state, token_ids_B
 
-    def _note_time(self, contest: Contest, seconds: float) -> None:
-        """Lets the other engine go on, if it is its turn now."""
-        contest.note(seconds)
-        if contest.running != self._model.decodes_by:
-            self._decode += self._count()
-            self._model.decode_by(contest.running)
-            self._since = self._model.places.counts()  # without what was moved for this
-        if contest.is_over:
-            self._contest = None
+    def _change_engine(self) -> None:
+        """Lets the other engine go on if it is its turn, and this one has nothing in hand."""
+        model, contest = self._model, self._contest
+        if contest is None or contest.running == model.decodes_by or self._decoder.num_waiting:
+            return
+        self._decode += self._count()
+        model.decode_by(contest.running)
+        self._since = model.places.counts()  # without what was moved for this
 
     def _note_choices(self, choices_LNTW: np.ndarray) -> None:
         chosen_LTK = choices_LNTW[:, 0, :, : self._model.config.router.top_k]

@@ -95,6 +95,11 @@ class Decoder(Protocol):
 
     runs_ahead: bool
 
+    @property
+    def num_waiting(self) -> int:
+        """Steps whose tokens are made and not handed out: the state is that of the last one."""
+        ...
+
     def compile(
         self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
     ) -> None: ...

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class ThreadDecoder:
     """See ``steps.Decoder``."""
 
+    num_waiting = 0
     runs_ahead = False  # the host works along: the next token would only delay this one
 
     def __init__(self, model: "OffloadEngine", shape: BatchShape, predictor: Predictor | None):

@@ -304,6 +304,25 @@ def test_the_faster_engine_goes_on(model, winner, monkeypatch):
     engine.close()
 
 
+def test_an_engine_hands_out_what_it_has_made_before_the_other_goes_on(model, monkeypatch):
+    """A call that a caller left in the middle must not move the end of the contest into one."""
+    seconds = {"thread": 1.0, "compiled": 2.0}
+    note = Contest.note
+    monkeypatch.setattr(Contest, "note", lambda self, s: note(self, seconds[self.running]))
+    prompts, num_tokens = prompts_of(model, 5), 30
+    reference = model.engine(prefill_chunk=CHUNK)
+    expected, _ = greedy(reference, prompts, num_tokens)
+    reference.close()
+    engine = make_engine(model, engine="auto", tokens_per_call=3)
+    run = engine.start(prompts, GenerationOptions(max_new_tokens=num_tokens))
+    for _, _ in zip(range(1 + 16 + 2), run, strict=False):
+        pass
+    assert engine.decodes_by == "compiled"
+    texts, run = greedy(engine, prompts, num_tokens)
+    assert texts == expected and residency_of(run).engine == "thread"
+    engine.close()
+
+
 def test_the_smallest_budget_has_slots_for_one_token(model):
     kwargs = {"batch_size": 1, "num_positions": 32}
     smallest = {
