@@ -50,6 +50,7 @@ class OffloadSteps:
         self._shape = shape
         self._recorder = recorder
         self._contest = contest
+        self._predictor = predictor
         self._decoders: dict[str, Decoder] = {}
         if contest is not None or model.decodes_by == "thread":
             self._decoders["thread"] = ThreadDecoder(model, shape, predictor)
@@ -86,15 +87,20 @@ class OffloadSteps:
         model.last_programs.clear()
         self._compile_prompts(lengths_B)
         arguments = (cache, active_B, sampling, ending)
-        for name, decoder in self._decoders.items():
-            if name == "thread":  # whose programs do not depend on the number of slots
-                decoder.compile(*arguments)
+        if "thread" in self._decoders:  # whose programs do not depend on the number of slots
+            self._decoders["thread"].compile(*arguments)
         self._fit()
-        if compiled := self._decoders.get("compiled"):
-            compiled.compile(*arguments)  # for the slots that there are now
-            if self._find_workspace_bytes() > self._workspace_bytes:
-                self._fit()
-                compiled.compile(*arguments)
+        for _ in range(2):  # for the slots that there are now, and once more if that leaves fewer
+            if "compiled" in self._decoders and model.places.static is not None:
+                self._decoders["compiled"].compile(*arguments)
+            if self._find_workspace_bytes() <= self._workspace_bytes:
+                break
+            self._fit()
+        if model.places.static is None and "compiled" in self._decoders:
+            # What the programs leave is too little for one: it goes by the thread engine.
+            self._contest = None
+            self._decoders = {"thread": ThreadDecoder(model, shape, self._predictor)}
+            self._decoders["thread"].compile(*arguments)
         if model.programs.num_compiled > before:
             self._warm_up(active_B)
 

@@ -1,5 +1,6 @@
 """Decode steps that are one program: batches, endings, what is counted, and what goes wrong."""
 
+import contextlib
 from collections.abc import Iterator
 
 import jax
@@ -357,6 +358,23 @@ def test_with_too_few_places_auto_is_the_thread_engine(model, expected):
     texts, run = greedy(engine, prompts_of(model, 5), NEW_TOKENS)
     assert texts == [expected[0]] and residency_of(run).engine == "thread"
     engine.close()
+
+
+def test_budgets_in_which_one_program_has_no_room_go_by_the_thread_engine(model, expected):
+    """Known only once programs are compiled, and say what they take themselves."""
+    prompts, engines = prompts_of(model, 5), []
+    smallest = model.smallest_budget(1, 16, "auto")
+    for places in range(0, 48, 4):
+        engine = model.engine_within(smallest + places * model.blob_bytes // 2, "auto")
+        with contextlib.suppress(CapacityError):
+            texts, run = greedy(engine, prompts, NEW_TOKENS)
+            assert texts == [expected[0]]
+            residency = residency_of(run)
+            assert residency.peak_device_bytes <= (engine.plan.budget_bytes or 0)
+            engines.append(engine.places.static is not None)
+        engine.close()
+    assert engines == sorted(engines)
+    assert not engines[0] and engines[-1]
 
 
 def test_predicted_memory_is_what_is_used(model):
