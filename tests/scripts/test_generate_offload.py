@@ -172,6 +172,9 @@ def test_a_policy_file_is_followed(resident, tmp_path):
         "lookahead": 2,
         "fetch": 3,
         "prefill_chunk": 16,
+        "engine": "thread",
+        "tokens_per_call": 1,
+        "fetch_ahead": 0,
     }
     path.write_text(json.dumps(policy))
     answer, _ = generate_json(f"--policy={path}")
