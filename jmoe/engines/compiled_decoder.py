@@ -30,8 +30,8 @@ class CompiledDecoder:
         num_tokens: to make in one call.
         """
         # Who looks at experts or times of every call has to wait for it.
-        self._is_watched = model.recorder is not None or model.experts.timeline is not None
-        self.runs_ahead = num_tokens == 1 and not self._is_watched
+        is_watched = model.recorder is not None or model.experts.timeline is not None
+        self.runs_ahead = num_tokens == 1 and not is_watched
         self._model = model
         self._shape = shape
         self._num_tokens = num_tokens
@@ -54,9 +54,7 @@ class CompiledDecoder:
             lengths_B=model.put(ending.lengths_B.astype(np.int32)),
         )
         int32_B = model.abstract((shape.batch_size,), "int32")
-        seen_BV = None
-        if shape.kind.penalized:
-            seen_BV = model.abstract((shape.batch_size, model.config.vocab_size), "bool")
+        seen_BV = model.abstract_seen(shape.batch_size, shape.kind)
         self._program = compile_decode(
             model,
             DecodeState(cache, int32_B, int32_B, seen_BV),  # type: ignore[arg-type]

@@ -12,12 +12,14 @@ from jmoe.config import ModelConfig
 from jmoe.engines.device_model import adopt
 from jmoe.engines.layer_programs import LayerStatic, Routed
 from jmoe.engines.programs import ProgramCache
+from jmoe.generation.sampling import SamplingKind
 from jmoe.models.decoder import abstract_parameters
 from jmoe.native.choice import HostKernels
 from jmoe.planning.policy import Policy
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import QuantSpec
 from jmoe.residency.experts import MAX_IN_FLIGHT, DeviceExperts
+from jmoe.residency.switching import SwitchingExperts
 from jmoe.residency.timeline import Timeline
 
 
@@ -57,7 +59,7 @@ class ExpertModel:
       layout: of blobs.
       ends: parameters of no layer.
       layers: parameters of each layer but its experts.
-      experts: the experts.
+      places: the experts on the device, and how decode steps see them.
       lookahead: for how many later layers experts are predicted.
       num_predicted: experts per token that are predicted for each.
       programs: what has been compiled so far.
@@ -104,10 +106,12 @@ class ExpertModel:
                 ends.append(adopt(parameter, device))
         self.ends = tuple(ends)
         self.layers = tuple(map(tuple, layers))
+        self.places: SwitchingExperts
 
     @property
     def experts(self) -> DeviceExperts:
-        raise NotImplementedError
+        """Experts in arrays of their own."""
+        return self.places.experts
 
     @property
     def num_layers(self) -> int:
@@ -160,6 +164,12 @@ class ExpertModel:
 
     def abstract(self, shape: Sequence[int], dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+
+    def abstract_seen(self, batch_size: int, kind: SamplingKind) -> jax.ShapeDtypeStruct | None:
+        """Of the tokens that each sequence has so far, if sampling looks at them."""
+        return (
+            self.abstract((batch_size, self.config.vocab_size), "bool") if kind.penalized else None
+        )
 
     def abstract_blob(self) -> jax.ShapeDtypeStruct:
         return self.abstract((self.layout.num_items,), self.layout.dtype)

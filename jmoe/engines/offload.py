@@ -65,7 +65,6 @@ class OffloadEngine(ExpertModel):
     Attributes:
       plan: where the bytes of the current batch go.
       store: the experts in host memory.
-      places: the experts on the device, and how decode steps see them.
       host_blobs: by layer the experts in host memory, as programs read them; empty if none does.
       notes: what was decided while it was made, a sentence each.
       recorder: told which experts are chosen; None does not record.
@@ -132,11 +131,6 @@ class OffloadEngine(ExpertModel):
         )
         if policy.engine == "compiled":
             self.places.move_into_slots()
-
-    @property
-    def experts(self) -> DeviceExperts:
-        """Experts in arrays of their own."""
-        return self.places.experts
 
     @property
     def slots(self) -> SlotArray | None:

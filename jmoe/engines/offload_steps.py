@@ -112,9 +112,7 @@ class OffloadSteps:
     def _compile_prompts(self, lengths_B: jax.Array) -> None:
         model, shape = self._model, self._shape
         batch_size, hidden = shape.batch_size, model.config.hidden_size
-        seen_BV = None
-        if shape.kind.penalized:
-            seen_BV = model.abstract((batch_size, model.config.vocab_size), "bool")
+        seen_BV = model.abstract_seen(batch_size, shape.kind)
         hidden_BD = model.abstract((batch_size, hidden), model.dtype)
         top_k = model.config.router.top_k
         self._hidden = {}

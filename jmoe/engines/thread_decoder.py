@@ -39,9 +39,7 @@ class ThreadDecoder:
         batch_size = shape.batch_size
         int32_B = model.abstract((batch_size,), "int32")
         loop.compile(cache.layers, int32_B)
-        seen_BV = None
-        if shape.kind.penalized:
-            seen_BV = model.abstract((batch_size, model.config.vocab_size), "bool")
+        seen_BV = model.abstract_seen(batch_size, shape.kind)
         ends = [None] if batch_size == 1 else [None, loop.y_TKD]
         self._last = [
             model.program(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from _bench import engines_compile, engines_decode, engines_fetch
-from _bench.ceiling import Ceiling
 from _bench.offload_subject import OffloadSubject, check_flags
 from _bench.report import Report
 from _bench.settings import Settings
@@ -27,7 +26,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
                 continue
             if subject is None:
                 subject = _load(settings)
-                result |= _describe(subject, report)
+                result |= subject.describe(report)
             rows[part] = _PARTS[part](subject, settings, own_report)
     finally:
         if subject is not None:
@@ -43,15 +42,6 @@ def _load(settings: Settings) -> OffloadSubject:
         raise RequestError("there is no compiled engine here", got="; ".join(base.notes))
     base.places.close()  # others are measured
     return subject
-
-
-def _describe(subject: OffloadSubject, report: Report) -> dict[str, Any]:
-    base = subject.base
-    ceiling = Ceiling(base.device, base.dtype).to_json()
-    formats = base.dtype if base.quant is None else f"{base.quant} in {base.dtype}"
-    notes = "; ".join(subject.notes)
-    report.ceiling(f"{subject.name} in {formats} on {base.device}; {notes}", ceiling)
-    return {"subject": subject.to_json(), "ceiling": ceiling}
 
 
 _PARTS: dict[str, Callable[[OffloadSubject, Settings, Report], list[_Row]]] = {

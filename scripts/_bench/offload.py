@@ -1,19 +1,14 @@
 """The suite offload: how well moving experts hides behind computing, on links of several speeds."""
 
-import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from _bench import offload_overhead, offload_plot
-from _bench.ceiling import Ceiling
-from _bench.machine import Neighbours
 from _bench.offload_subject import OffloadSubject, Run
 from _bench.report import Report
 from _bench.settings import Settings
-from _bench.statistics import summarize, take_turns
+from _bench.statistics import summarize
+from _bench.turns import watch_turns
 from jmoe.engines.offload import OffloadEngine
 from jmoe.engines.prediction import OraclePredictor
 from jmoe.errors import RequestError
@@ -33,24 +28,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     base = subject.base
     if not settings.copies and base.device.platform != "cpu":
         raise RequestError("--nocopies is for the CPU, which can compute from the host's memory")
-    ceiling = Ceiling(base.device, base.dtype).to_json()
-    formats = base.dtype if base.quant is None else f"{base.quant} in {base.dtype}"
-    notes = "; ".join(subject.notes)
-    report.ceiling(f"{subject.name} in {formats} on {base.device}; {notes}", ceiling)
-    result: dict[str, Any] = {
-        "subject": {
-            "name": subject.name,
-            "dtype": base.dtype,
-            "quant": None if base.quant is None else str(base.quant),
-            "host_kernels": base.host and dataclasses.asdict(base.host),
-            "notes": list(subject.notes),
-            "num_hidden_layers": subject.num_layers,
-            "num_experts": base.config.router.num_experts,
-            "expert_bytes": subject.blob_bytes,
-            "new_tokens": subject.new_tokens,
-        },
-        "ceiling": ceiling,
-    }
+    result = subject.describe(report)
     rows: dict[str, list[_Row]] = {}
     try:
         for part in settings.parts:
@@ -124,15 +102,7 @@ def _measure(
         name: lambda engine=engine: subject.run_cold(engine) for name, engine in engines.items()
     }
     contestants["computing"] = lambda: subject.run(subject.base)
-    total = (settings.warmup + settings.repeats) * len(contestants)
-    quiet = not sys.stderr.isatty()
-    with (
-        Neighbours() as neighbours,
-        tqdm(desc=part, total=total, leave=False, delay=2, disable=quiet) as bar,
-    ):
-        results = take_turns(
-            contestants, repeats=settings.repeats, warmup=settings.warmup, progress=bar.update
-        )
+    results, neighbours_share = watch_turns(part, contestants, settings)
     for engine in engines.values():
         engine.experts.close()  # not the engine, which would close the store of all
     computing = results.pop("computing")
@@ -148,7 +118,7 @@ def _measure(
             "beside_slots_per_layer": slots,
             "num_staging": engines[name].plan.policy.num_staging,
             **row,
-            "neighbours_cpu_share": neighbours.share,
+            "neighbours_cpu_share": neighbours_share,
         }
         naive = rows[0] if rows and part == "paper" else row
         row["speed_over_naive"] = row["tok_per_s"]["median"] / naive["tok_per_s"]["median"]

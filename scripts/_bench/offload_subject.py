@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 import jmoe
+from _bench.ceiling import Ceiling
+from _bench.report import Report
 from _bench.settings import Settings
 from jmoe.engines.contest import EngineName
 from jmoe.engines.offload import OffloadEngine
@@ -115,6 +117,15 @@ class OffloadSubject:
             "expert_bytes": self.blob_bytes,
             "new_tokens": self.new_tokens,
         }
+
+    def describe(self, report: Report) -> dict[str, Any]:
+        """Reports what this machine could reach at most; returns that and what is measured."""
+        base = self.base
+        ceiling = Ceiling(base.device, base.dtype).to_json()
+        formats = base.dtype if base.quant is None else f"{base.quant} in {base.dtype}"
+        notes = "; ".join(self.notes)
+        report.ceiling(f"{self.name} in {formats} on {base.device}; {notes}", ceiling)
+        return {"subject": self.to_json(), "ceiling": ceiling}
 
     def link_s(self, copies: int, bytes_per_s: float) -> float:
         """Seconds for which a link of this speed is occupied by so many copies."""
