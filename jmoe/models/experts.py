@@ -13,7 +13,7 @@ Outputs are combined in top-k order in both, never in the order of experts.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -35,7 +35,7 @@ from jmoe.models.router import Routing
 from jmoe.models.weights import parameter
 from jmoe.native import ops
 from jmoe.native.choice import HostKernels
-from jmoe.quant.formats import BF16, F32
+from jmoe.quant.formats import BF16, F32, Format
 from jmoe.quant.layout import MATRICES, ExpertLayout
 from jmoe.quant.matmul import MAX_REDUCE_ROWS
 from jmoe.quant.spec import QuantSpec
@@ -136,13 +136,11 @@ class Experts(nnx.Module):
             return combine(y_TKD, routing.weights_TK).astype(x_TD.dtype)
 
     def _is_for_host(self, rows_per_expert: int) -> bool:
-        if self.host is None or self.activation != "silu":
-            return False
         if self.layout is not None:
             formats = self.layout.formats
         else:
             formats = (BF16 if self.w1[...].dtype == jnp.bfloat16 else F32,)
-        return self.host.takes_experts(formats, rows_per_expert)
+        return _kernels_take(self.host, self.activation, formats, rows_per_expert)
 
     def _on_host(self, x_TD: jax.Array, routing: Routing, valid_T: jax.Array) -> jax.Array:
         assert self.host is not None
@@ -186,16 +184,9 @@ def expert_output(
     with jax.named_scope("expert"):
         stack = blob[None]
         num_rows = x_RD.shape[0]
-        if (
-            host is not None
-            and activation == "silu"
-            and host.takes_experts(layout.formats, num_rows)
-        ):
-            ids_R1 = jnp.zeros((num_rows, 1), jnp.int32)
-            ones_R1 = jnp.ones((num_rows, 1), jnp.float32)
-            x = x_RD.astype(jnp.float32)
-            bits, threads = host.activation_bits, host.num_threads
-            return ops.experts(x, ids_R1, ones_R1, valid_R, stack, layout, bits, threads)
+        if _kernels_take(host, activation, layout.formats, num_rows):
+            assert host is not None
+            return _by_kernels(x_RD, jnp.where(valid_R, 0, -1), stack, layout, host)
         w1, w3, w2 = (BlobStack(stack, layout, matrix) for matrix in MATRICES)
         stacks, index = (w1, w3, w2), jnp.int32(0)
         return _feed_forward(
@@ -229,18 +220,9 @@ def experts_in_slots(
     slot_A = lax.optimization_barrier(slot_TK.reshape(-1))
     x_AD = jnp.repeat(x_TD, top_k, axis=0)
     with jax.named_scope("experts"):
-        if host is not None and activation == "silu" and host.takes_experts(layout.formats, 1):
-            ones_A1 = jnp.ones((num_tokens * top_k, 1), jnp.float32)
-            y_AD = ops.experts(
-                x_AD.astype(jnp.float32),
-                slot_A[:, None],
-                ones_A1,
-                slot_A >= 0,
-                slots_SI,
-                layout,
-                host.activation_bits,
-                host.num_threads,
-            )
+        if _kernels_take(host, activation, layout.formats, 1):
+            assert host is not None
+            y_AD = _by_kernels(x_AD, slot_A, slots_SI, layout, host)
             return y_AD.reshape(num_tokens, top_k, -1)
         w1, w3, w2 = (BlobStack(slots_SI, layout, matrix) for matrix in MATRICES)
         form = expert_form(1, platform)
@@ -259,12 +241,61 @@ def experts_in_slots(
         return y_AD.reshape(num_tokens, top_k, -1)
 
 
+def experts_by_row(
+    x_RD: Float[Array, "R D"],
+    ids_R: Int[Array, " R"],
+    blobs_EI: jax.Array,
+    layout: ExpertLayout,
+    activation: str,
+    host: HostKernels | None,
+) -> Float[Array, "R D"]:
+    """Rows through an expert each, on a CPU that has all of a layer's, in float32.
+
+    Args:
+      x_RD: normalised residual stream; a token has a row for each of its experts.
+      ids_R: the expert of each row; the rows of -1 come out as zeros.
+      blobs_EI: experts.
+      layout: of each blob.
+      activation: of the gate projection.
+      host: kernels to compute with.
+    """
+    num_rows, num_experts = x_RD.shape[0], blobs_EI.shape[0]
+    with jax.named_scope("experts"):
+        if _kernels_take(host, activation, layout.formats, -(-num_rows // num_experts)):
+            assert host is not None
+            return _by_kernels(x_RD, ids_R, blobs_EI, layout, host)
+        w1, w3, w2 = (BlobStack(blobs_EI, layout, matrix) for matrix in MATRICES)
+        block_rows = min(1 << (-(-num_rows // num_experts) - 1).bit_length(), 128)
+        form = ExpertForm("blocks", block_rows, CPU_TILE_BYTES)
+        plan = plan_blocks(ids_R[:, None], ids_R >= 0, num_experts, block_rows)
+        return _blocks(x_RD, plan, (w1, w3, w2), ACTIVATIONS[activation], form)
+
+
 def combine(y_TKD: Float[Array, "T K D"], weights_TK: Float[Array, "T K"]) -> Float[Array, "T D"]:
     """Adds up expert outputs, weighted, in float32 and in the order of k."""
     total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]
     for k in range(1, y_TKD.shape[1]):
         total_TD += y_TKD[:, k] * weights_TK[:, k, None]
     return total_TD
+
+
+def _kernels_take(
+    host: HostKernels | None, activation: str, formats: Sequence[Format], rows_per_expert: int
+) -> bool:
+    """Whether host kernels compute these experts."""
+    return (
+        host is not None and activation == "silu" and host.takes_experts(formats, rows_per_expert)
+    )
+
+
+def _by_kernels(
+    x_AD: jax.Array, ids_A: jax.Array, blobs: jax.Array, layout: ExpertLayout, host: HostKernels
+) -> jax.Array:
+    """Rows through an expert each, in float32; those of -1 come out as zeros."""
+    ones_A1 = jnp.ones((len(x_AD), 1), jnp.float32)
+    bits, threads = host.activation_bits, host.num_threads
+    x_AD, ids_A1 = x_AD.astype(jnp.float32), ids_A[:, None]
+    return ops.experts(x_AD, ids_A1, ones_A1, ids_A >= 0, blobs, layout, bits, threads)
 
 
 def _reduce(
