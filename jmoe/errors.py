@@ -56,5 +56,9 @@ class TransferError(JmoeError):
     """Copying an expert to the device failed, or was given up because the engine was closed."""
 
 
+class ComputeError(JmoeError):
+    """Computing an expert on the host failed, or came to a halt."""
+
+
 class RequestError(JmoeError):
     """A prompt or a generation option is not usable."""

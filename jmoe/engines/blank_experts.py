@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from jmoe.engines.expert_model import ExpertModel
+from jmoe.residency.experts import Outlook
 from jmoe.residency.timeline import Timeline
 
 
@@ -15,13 +16,20 @@ class BlankExperts:
         self.timeline: Timeline | None = None
         self._blob = model.zeros(model.abstract_blob())
 
-    def need(self, layer: int, experts: Sequence[int]) -> None:
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
+        return Outlook(list(experts), {}, 0.0)
+
+    def need(self, layer: int, experts: Sequence[int], elsewhere: Sequence[int] = ()) -> None:
+        pass
+
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
         pass
 
     def predict(
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],
         fence: Callable[[], None] | None = None,
+        in_time: Callable[[int, int], bool] | None = None,
     ) -> None:
         pass
 

@@ -18,7 +18,7 @@ from jmoe.native.choice import HostKernels
 from jmoe.planning.policy import Policy
 from jmoe.quant.layout import ExpertLayout
 from jmoe.quant.spec import QuantSpec
-from jmoe.residency.experts import MAX_IN_FLIGHT, DeviceExperts
+from jmoe.residency.experts import MAX_IN_FLIGHT, DeviceExperts, Outlook
 from jmoe.residency.switching import SwitchingExperts
 from jmoe.residency.timeline import Timeline
 
@@ -30,6 +30,7 @@ class PromptSupply(Protocol):
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],
         fence: Callable[[], None] | None = None,
+        in_time: Callable[[int, int], bool] | None = None,
     ) -> None: ...
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]
@@ -41,7 +42,11 @@ class Supply(PromptSupply, Protocol):
 
     @property
     def timeline(self) -> Timeline | None: ...
-    def need(self, layer: int, experts: Sequence[int]) -> None: ...
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook: ...
+    def need(
+        self, layer: int, experts: Sequence[int], elsewhere: Sequence[int] = ()
+    ) -> None: ...
+    def keep(self, layer: int, experts: Sequence[int]) -> None: ...
     def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]: ...
     def pass_layer(self, layer: int) -> None: ...
     def release(self) -> None: ...
@@ -128,6 +133,12 @@ class ExpertModel:
 
     def zeros(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros(like.shape, like.dtype, device=self.device)
+
+    @functools.cache  # noqa: B019  (one entry, as long as the model)
+    def expert_ids(self) -> tuple[jax.Array, ...]:
+        """The number of every expert as an array on the device, and -1 behind them."""
+        num_experts = self.config.router.num_experts
+        return tuple(self.put(np.int32(i)) for i in (*range(num_experts), -1))
 
     def ahead(self, layer: int) -> tuple[tuple[jax.Array, ...], ...]:
         """Parameters of the layers after this one whose experts are predicted in it.

@@ -60,6 +60,11 @@ class LayerStatic:
         return max(self.config.router.top_k, self.num_predicted)
 
 
+# Ids of experts, an int32 each; -1 counts as none. They are on the device already: what is copied
+# there waits for copies of experts that have begun.
+Group = tuple[jax.Array, ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routed:
@@ -118,9 +123,10 @@ def first_layer(
 @functools.partial(_donating, donate_argnames=("cache",))
 def next_layer(
     blobs: tuple[jax.Array, ...],
-    group_G: Int[Array, " G"] | None,
+    group: Group | None,
     routed: Routed,
     y_TKD: Float[Array, "T K D"] | None,
+    y_host_TKD: Float[Array, "T K D"] | None,
     layer: tuple[jax.Array, ...],
     ahead: tuple[tuple[jax.Array, ...], ...],
     cache: LayerCache,
@@ -133,15 +139,16 @@ def next_layer(
 
     Args:
       blobs: experts, an array each.
-      group_G: which ones these are; -1 counts as none. None: those that the only token chose,
-        in its order.
+      group: which ones these are. None: those that the only token chose,
+        in its order, or no experts.
       routed: state of the layer.
       y_TKD: outputs of its other experts (``some_experts``), if there are any.
+      y_host_TKD: outputs of experts that the host computed; zeros for all others.
       layer: parameters of the next layer; and so on, as in ``first_layer``.
 
     Donates: cache.
     """
-    y_TKD = _apply(blobs, group_G, routed, y_TKD, static)
+    y_TKD = _apply(blobs, group, routed, y_TKD, static, y_host_TKD)
     x_BLD = _add_experts(routed, y_TKD)
     return _attend_and_route(layer, ahead, cache, x_BLD, start_B, valid_BL, static)
 
@@ -149,22 +156,23 @@ def next_layer(
 @functools.partial(_donating, donate_argnames=("y_TKD",))
 def some_experts(
     blobs: tuple[jax.Array, ...],
-    group_G: Int[Array, " G"],
+    group: Group,
     routed: Routed,
     y_TKD: Float[Array, "T K D"],
     *,
     static: LayerStatic,
 ) -> Float[Array, "T K D"]:
     """Enters the outputs of a group of experts. Donates: y_TKD."""
-    return _apply(blobs, group_G, routed, y_TKD, static)
+    return _apply(blobs, group, routed, y_TKD, static)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "kind"), donate_argnames=("seen_BV",))
 def last_experts(
     blobs: tuple[jax.Array, ...],
-    group_G: Int[Array, " G"] | None,
+    group: Group | None,
     routed: Routed,
     y_TKD: Float[Array, "T K D"] | None,
+    y_host_TKD: Float[Array, "T K D"] | None,
     ends: tuple[jax.Array, ...],
     lengths_B: Int[Array, " B"],
     active_B: Bool[Array, " B"],
@@ -182,7 +190,7 @@ def last_experts(
     Returns:
       Token ids, new lengths, tokens seen.
     """
-    model, hidden_BLD = _finish(blobs, group_G, routed, y_TKD, ends, static)
+    model, hidden_BLD = _finish(blobs, group, routed, y_TKD, y_host_TKD, ends, static)
     lengths_B = lengths_B + active_B
     logits_BV = model.logits(hidden_BLD[:, 0])
     token_ids_B, seen_BV = next_tokens(logits_BV, lengths_B, seen_BV, key_data, values, kind)
@@ -192,15 +200,16 @@ def last_experts(
 @_donating
 def last_logits(
     blobs: tuple[jax.Array, ...],
-    group_G: Int[Array, " G"] | None,
+    group: Group | None,
     routed: Routed,
     y_TKD: Float[Array, "T K D"] | None,
+    y_host_TKD: Float[Array, "T K D"] | None,
     ends: tuple[jax.Array, ...],
     *,
     static: LayerStatic,
 ) -> Float[Array, "B L V"]:
     """Like ``last_experts``, but returns the logits."""
-    model, hidden_BLD = _finish(blobs, group_G, routed, y_TKD, ends, static)
+    model, hidden_BLD = _finish(blobs, group, routed, y_TKD, y_host_TKD, ends, static)
     return model.logits(hidden_BLD)
 
 
@@ -315,13 +324,17 @@ def _expert(x_RD: jax.Array, valid_R: jax.Array, blob: jax.Array, static: LayerS
 
 def _apply(
     blobs: tuple[jax.Array, ...],
-    group_G: jax.Array | None,
+    group: Group | None,
     routed: Routed,
     y_TKD: jax.Array | None,
     static: LayerStatic,
+    y_host_TKD: jax.Array | None = None,
 ) -> jax.Array:
     """Outputs of experts by token and choice, [T, K, D] in float32."""
-    if group_G is None:
+    if y_host_TKD is not None:
+        assert y_TKD is not None and not blobs
+        return y_TKD + y_host_TKD
+    if group is None:
         assert routed.ids_TK.shape == (1, len(blobs)) and y_TKD is None
         valid_R = jnp.ones(1, bool)
         outputs = [_expert(routed.normed_TD, valid_R, blob, static) for blob in blobs]
@@ -329,7 +342,7 @@ def _apply(
     if y_TKD is None:
         y_TKD = jnp.zeros((*routed.ids_TK.shape, routed.normed_TD.shape[1]), jnp.float32)
     for g, blob in enumerate(blobs):
-        uses_TK = (routed.ids_TK == group_G[g]) & (group_G[g] >= 0)
+        uses_TK = (routed.ids_TK == group[g]) & (group[g] >= 0)
         output_TD = _expert(routed.normed_TD, jnp.any(uses_TK, axis=1), blob, static)
         y_TKD = jnp.where(uses_TK[..., None], output_TD[:, None], y_TKD)
     return y_TKD
@@ -344,9 +357,11 @@ def _by_token(y_AD: jax.Array, static: LayerStatic) -> jax.Array:
     return y_AD[:-1].reshape(-1, static.config.router.top_k, y_AD.shape[1])
 
 
-def _finish(blobs, group_G, routed, y_TKD, ends, static: LayerStatic) -> tuple[Ends, jax.Array]:
+def _finish(
+    blobs, group, routed, y_TKD, y_host_TKD, ends, static: LayerStatic
+) -> tuple[Ends, jax.Array]:
     model = _ends(ends, static)
-    y_TKD = _apply(blobs, group_G, routed, y_TKD, static)
+    y_TKD = _apply(blobs, group, routed, y_TKD, static, y_host_TKD)
     return model, model.final_norm(_add_experts(routed, y_TKD))
 
 

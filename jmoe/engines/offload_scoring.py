@@ -10,6 +10,7 @@ from jmoe.engines import layer_programs
 from jmoe.engines.compiled_decoder import MIN_STOP_IDS, compile_decode
 from jmoe.engines.compiled_programs import Limits
 from jmoe.engines.decode_loop import DecodeLoop
+from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.prediction import GatePredictor
 from jmoe.engines.programs import DecodeState
 from jmoe.engines.prompt_stream import PromptStream
@@ -66,9 +67,9 @@ def _by_loop(model: "OffloadEngine", token_ids_BL: np.ndarray) -> np.ndarray:
     loop.compile(caches, model.abstract((batch_size,), "int32"))
     valid_B = model.put(np.ones(batch_size, bool))
 
-    def finish(*experts: object) -> jax.Array:
-        program = model.program(layer_programs.last_logits, *experts, model.ends, layer=0)
-        return program(*experts, model.ends)
+    def finish(inputs: LayerInputs) -> jax.Array:
+        program = model.program(layer_programs.last_logits, *inputs, model.ends, layer=0)
+        return program(*inputs, model.ends)
 
     logits = []
     for position in range(num_tokens):

@@ -9,6 +9,7 @@ from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import Supply
+from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.programs import DecodeState
 from jmoe.engines.steps import BatchShape, Ending, Sampling
@@ -40,14 +41,10 @@ class ThreadDecoder:
         int32_B = model.abstract((batch_size,), "int32")
         loop.compile(cache.layers, int32_B)
         seen_BV = model.abstract_seen(batch_size, shape.kind)
-        ends = [None] if batch_size == 1 else [None, loop.y_TKD]
-        self._last = [
-            model.program(
+        self._last = {
+            form: model.program(
                 layer_programs.last_experts,
-                loop.blobs,
-                loop.group,
-                loop.routed,
-                y_TKD,
+                *inputs,
                 model.ends,
                 int32_B,
                 active_B,
@@ -56,8 +53,8 @@ class ThreadDecoder:
                 layer=0,
                 kind=shape.kind,
             )
-            for y_TKD in ends
-        ]
+            for form, inputs in loop.inputs.items()
+        }
 
     def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
         state, token_ids_B = self._step(BlankExperts(self._model), state, active_B)
@@ -76,12 +73,9 @@ class ThreadDecoder:
         model = self._model
         caches = list(state.cache.layers)
 
-        def finish(blobs, group, routed, y_TKD):
-            return self._last[y_TKD is not None](
-                blobs,
-                group,
-                routed,
-                y_TKD,
+        def finish(inputs: LayerInputs):
+            return self._last[inputs.form](
+                *inputs,
                 model.ends,
                 state.lengths_B,
                 active_B,

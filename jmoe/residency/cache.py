@@ -66,7 +66,11 @@ class SlotCache(Places):
         self.min_free = min_free
 
     def use(
-        self, layer: int, experts: Sequence[int], busy: Collection[ExpertKey] = frozenset()
+        self,
+        layer: int,
+        experts: Sequence[int],
+        busy: Collection[ExpertKey] = frozenset(),
+        elsewhere: Sequence[int] = (),
     ) -> list[Load]:
         """Takes note that a group of experts is about to be computed, and pins them.
 
@@ -77,6 +81,8 @@ class SlotCache(Places):
           layer: of all of them.
           experts: distinct; they become the most recent ones in this order.
           busy: keys whose copy is under way. They can be hit, but keep their place.
+          elsewhere: experts of the same tokens that need not be here: they count for the rule of
+            eviction only.
 
         Returns:
           Loads of the missing ones, in the order given.
@@ -88,7 +94,7 @@ class SlotCache(Places):
         keys = [keys_of_layer[expert] for expert in experts]
         entries = self._entries
         self._pinned.update(keys)
-        self._eviction.touch(keys)
+        self._eviction.touch([*keys, *(keys_of_layer[expert] for expert in elsewhere)])
         missing = []
         for key in keys:
             entry = entries.get(key)
@@ -102,6 +108,23 @@ class SlotCache(Places):
             return []
         movable = self._movable(self._pools[layer], busy)
         return [self._load(key, busy, movable) for key in missing]
+
+    def keep(self, key: ExpertKey, busy: Collection[ExpertKey] = frozenset()) -> Load | None:
+        """Finds a slot for an expert that was used elsewhere, and may be used again.
+
+        Returns None if it is here, or if the rule would rather keep what its pool has.
+        """
+        if key in self._entries:
+            return None
+        pool = self._pools[key.layer]
+        if pool.free:
+            return self._enter(key, ())
+        movable = self._movable(pool, busy)
+        victim = self._eviction.victim(movable) if movable else None
+        if victim is None or not self._eviction.admits(key, victim):
+            return None
+        self._evict(self._entries[victim])
+        return self._enter(key, (victim,))
 
     def unpin(self) -> None:
         """Drops all pins."""

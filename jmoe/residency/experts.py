@@ -6,6 +6,7 @@ exists as long as the cache has an entry for it: so never more of them than ther
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +19,23 @@ from jmoe.residency.link import Link
 from jmoe.residency.prefetch import Fetcher
 from jmoe.residency.timeline import Timeline
 
+
 # Copies that are started before the first of them has arrived.
 MAX_IN_FLIGHT = 2
+
+
+class Outlook(NamedTuple):
+    """What of a layer's experts is here, and what the link is busy with.
+
+    Attributes:
+      here: experts that can be taken without waiting.
+      coming: seconds until they arrive, of those whose copy is under way.
+      backlog_s: seconds until the link is free.
+    """
+
+    here: list[int]
+    coming: dict[int, float]
+    backlog_s: float
 
 
 class DeviceExperts:
@@ -58,12 +74,43 @@ class DeviceExperts:
 
     # Decode: need, predict, take, release for each layer.
 
-    def need(self, layer: int, experts: Sequence[int]) -> None:
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
+        """Which experts are here, and when those would be that are not.
+
+        Args:
+          layer: of all of them.
+          experts: distinct.
+          copy_s: that a copy takes.
+        """
+        now_s = time.perf_counter()
+        arrivals = self._fetcher.arrivals_s(copy_s)
+        here, coming = [], {}
+        for expert in experts:
+            key = ExpertKey(layer, expert)
+            if key in self._arrays or (key in self.cache and self._is_landed(key, arrivals)):
+                here.append(expert)
+            elif key in arrivals:
+                coming[expert] = max(0.0, arrivals[key] - now_s)
+        free_s = max(arrivals.values(), default=0.0)
+        return Outlook(here, coming, max(0.0, free_s - now_s))
+
+    def _is_landed(self, key: ExpertKey, arrivals: Collection[ExpertKey]) -> bool:
+        return key not in arrivals and self._fetcher.poll_ready(key)
+
+    def need(self, layer: int, experts: Sequence[int], elsewhere: Sequence[int] = ()) -> None:
         """Says that these experts are needed now: missing ones start to be copied.
 
         Pins them until ``release``. No program that uses other experts may be under way.
+
+        Args:
+          layer: of all of them.
+          experts: distinct.
+          elsewhere: experts that the same tokens chose, and that are computed elsewhere. Copies of
+            them that have not begun are off.
         """
-        loads = self.cache.use(layer, experts, self._fetcher.in_flight)
+        for expert in elsewhere:
+            self._call_off(ExpertKey(layer, expert))
+        loads = self.cache.use(layer, experts, self._fetcher.in_flight, elsewhere)
         for load in loads:
             self._drop(load)
         self._note_peak()
@@ -80,17 +127,25 @@ class DeviceExperts:
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],
         fence: Callable[[], None] | None = None,
+        in_time: Callable[[int, int], bool] | None = None,
     ) -> None:
         """Copies experts that may be needed soon, as far as there is room, the likeliest first.
 
         Args:
           predictions: layers, and experts of each.
           fence: waits until no program is under way, if one may be.
+          in_time: whether one more copy for a layer would come in time, behind so many.
         """
         busy = None
         for layer, experts in predictions:
             for expert in experts:
                 key = ExpertKey(layer, expert)
+                if (
+                    in_time is not None
+                    and key not in self.cache
+                    and not in_time(layer, self._fetcher.num_queued)
+                ):
+                    continue
                 busy = self._fetcher.in_flight if busy is None else busy
                 load = self.cache.speculate(key, busy)
                 if load is not None:
@@ -100,6 +155,23 @@ class DeviceExperts:
                     if not self._fetcher.prefetch([key]):
                         self.cache.forget(key)
         self._note_peak()
+
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
+        """Copies one of these, which were computed elsewhere, if the link has nothing to do.
+
+        The first that is not here, in place of what its layer needs least.
+        """
+        fetcher = self._fetcher
+        if fetcher.num_queued or fetcher.in_flight:
+            return
+        for expert in experts:
+            load = self.cache.keep(ExpertKey(layer, expert))
+            if load is not None:
+                self._drop(load)
+                if not fetcher.prefetch([load.key]):
+                    self.cache.forget(load.key)
+                self._note_peak()
+                return
 
     def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
         """The arrays of experts that were needed, in this order; waits for them.
@@ -120,9 +192,13 @@ class DeviceExperts:
     def pass_layer(self, layer: int) -> None:
         """Says that a layer's experts are known: copies predicted wrongly and not begun are off."""
         for key in self.cache.pass_layer(layer):
-            waits = key not in self._arrays and not self._fetcher.poll_ready(key)
-            if waits and key not in self._fetcher.in_flight and self._fetcher.cancel(key):
-                self.cache.forget(key)
+            self._call_off(key)
+
+    def _call_off(self, key: ExpertKey) -> None:
+        """Drops a copy that has been asked for and not begun."""
+        waits = key not in self._arrays and not self._fetcher.poll_ready(key)
+        if waits and key not in self._fetcher.in_flight and self._fetcher.cancel(key):
+            self.cache.forget(key)
 
     def release(self) -> None:
         """Ends the need of all experts: they may be evicted when others are needed."""

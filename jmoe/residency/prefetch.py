@@ -6,6 +6,7 @@ later copies go on.
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection
 from typing import Self
@@ -159,6 +160,21 @@ class Fetcher:
         """Experts whose copy has been started and has not arrived, wanted or not."""
         with self._state.lock:
             return frozenset(job.key for job in self._state.flying)
+
+    @property
+    def num_queued(self) -> int:
+        """Copies that were asked for and have not been started."""
+        return len(self._state.demands) + len(self._state.prefetches)
+
+    def arrivals_s(self, copy_s: float) -> dict[ExpertKey, float]:
+        """When the copies under way will have arrived, if each takes so long: ``perf_counter``."""
+        with self._state.lock:
+            flying = [(job.key, job.started_s) for job in self._state.flying]
+        arrivals, free_s = {}, 0.0
+        for key, started_s in flying:
+            free_s = max(free_s, started_s or time.perf_counter()) + copy_s
+            arrivals[key] = free_s
+        return arrivals
 
     def drain(self) -> None:
         """Cancels what is queued, waits for what is under way, and forgets all results."""

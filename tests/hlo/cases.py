@@ -135,11 +135,12 @@ def next_layer(quant: QuantSpec, batch_size: int) -> jax.stages.Lowered:
     static, blob, routed, layer = _layer(quant, batch_size, 1)
     is_single = batch_size == 1
     top_k = static.config.router.top_k
-    group_G = None if is_single else shape((top_k,), jnp.int32)
+    group = None if is_single else (shape((), jnp.int32),) * top_k
     args = (
         (blob,) * top_k,
-        group_G,
+        group,
         routed,
+        None,
         None,
         layer,
         (layer,),

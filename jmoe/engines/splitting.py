@@ -1,0 +1,154 @@
+"""Which of a layer's missing experts the host computes, decided while a model runs."""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from jmoe.planning.cost import Absent, ExpertCosts, split
+from jmoe.residency.experts import Outlook
+
+# Of the mean time of a layer, per layer.
+_SMOOTHING = 0.05
+# A copy that is expected to come a little late is worth its while: the host would take longer.
+_LATE = 1.2
+# How much slower the host must be than the device for copies to pay.
+_ADVANTAGE = 1.1
+
+
+class Ways(NamedTuple):
+    """How the experts of a layer are served.
+
+    Attributes:
+      here: are on the device.
+      coming: will be copied, or are under way.
+      host: are computed there.
+    """
+
+    here: list[int]
+    coming: list[int]
+    host: list[int]
+
+
+class Held(Protocol):
+    """What the device holds of a layer: ``DeviceExperts``."""
+
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook: ...
+
+
+class Splitting(Protocol):
+    """Says which experts the host computes: ``Splitter``, or one for a purpose of its own."""
+
+    @property
+    def copies_pay(self) -> bool: ...
+    def split(
+        self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]
+    ) -> Ways: ...
+    def in_time(self, layer: int, num_queued: int) -> bool: ...
+
+
+class Splitter:
+    """Decides by a cost model, and keeps a record from which a run can be repeated exactly.
+
+    Attributes:
+      record: by layer of every step the experts that the host computed.
+    """
+
+    def __init__(
+        self,
+        costs: ExpertCosts,
+        *,
+        always_host: bool = False,
+        replay: Iterable[Sequence[int]] | None = None,
+    ):
+        """Args:
+        costs: of an expert.
+        always_host: whatever is not on the device the host computes, and nothing is copied.
+        replay: an earlier record, to be followed whatever is on the device.
+        """
+        self.costs = costs
+        self.record: list[tuple[int, ...]] = []
+        self._replay = iter(replay) if replay is not None else None
+        self._always_host = always_host
+        self._layer_s = 0.0
+        self._last_s: float | None = None
+        self._layer = 0
+
+    @property
+    def copies_pay(self) -> bool:
+        """Whether to copy experts before they are needed, or to keep them."""
+        is_faster = self.costs.host(1) > _ADVANTAGE * self.costs.device(1)
+        return is_faster and not self._always_host
+
+    def split(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
+        """Serves the experts of a layer.
+
+        Args:
+          held: what is on the device.
+          layer: whose turn it is.
+          experts: distinct, that its tokens chose.
+          tokens: of each.
+        """
+        self._take_time(layer)
+        ways = self._ways(held, layer, experts, tokens)
+        self.record.append(tuple(ways.host))
+        return ways
+
+    def in_time(self, layer: int, num_queued: int) -> bool:
+        """Whether one more copy would come in time for a layer, behind so many others."""
+        if not self.copies_pay:
+            return False
+        arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
+        return arrives_s <= _LATE * (layer - self._layer) * self._layer_s
+
+    def _ways(
+        self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]
+    ) -> Ways:
+        costs = self.costs
+        outlook = held.outlook(layer, experts, costs.copy_s)
+        self._backlog_s = outlook.backlog_s
+        tokens_of = dict(zip(experts, tokens, strict=True))
+        if self._replay is not None:
+            host = list(next(self._replay))
+            others = [e for e in experts if e not in host]
+            here = [e for e in others if e in outlook.here]
+            return Ways(here, [e for e in others if e not in here], host)
+        here = list(outlook.here)
+        if len(here) == len(experts):
+            return Ways(here, [], [])
+        absent = [
+            Absent(expert, tokens_of[expert], outlook.coming.get(expert))
+            for expert in experts
+            if expert not in here
+        ]
+        if self._always_host:
+            return Ways(here, [], [a.expert for a in absent])
+        result = split(
+            absent,
+            costs,
+            backlog_s=outlook.backlog_s,
+            present_s=sum(costs.device(tokens_of[e]) for e in here),
+        )
+        return Ways(here, list(result.device), list(result.host))
+
+    def restart(self) -> None:
+        """Begins anew with the time of layers, after a pause."""
+        self._last_s = None
+
+    def _take_time(self, layer: int) -> None:
+        now_s = time.perf_counter()
+        if self._last_s is not None and layer == self._layer + 1:
+            seconds = now_s - self._last_s
+            self._layer_s += (_SMOOTHING if self._layer_s else 1.0) * (seconds - self._layer_s)
+        self._last_s, self._layer = now_s, layer
+
+
+class OneByHost:
+    """Has the host compute the first expert of each layer: to run each program once."""
+
+    copies_pay = False
+
+    def split(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
+        return Ways(list(experts[1:]), [], list(experts[:1]))
+
+    def in_time(self, layer: int, num_queued: int) -> bool:
+        return False
