@@ -23,6 +23,9 @@ class Traffic:
     # last one that was needed; None where a program fetches experts, into which nobody looks.
     link_busy_s: float | None
     stalled_s: float | None
+    host_experts: int = 0  # needed, and computed on the host
+    host_bytes: int = 0  # of these experts
+    host_busy_s: float = 0.0
 
     @classmethod
     def none(cls) -> Self:
@@ -41,11 +44,19 @@ class Traffic:
             copied_bytes=self.copied_bytes + other.copied_bytes,
             link_busy_s=_sum_of_known(self.link_busy_s, other.link_busy_s),
             stalled_s=_sum_of_known(self.stalled_s, other.stalled_s),
+            host_experts=self.host_experts + other.host_experts,
+            host_bytes=self.host_bytes + other.host_bytes,
+            host_busy_s=self.host_busy_s + other.host_busy_s,
         )
 
     @property
     def hit_rate(self) -> float:
-        return self.hits / (self.hits + self.demand_loads) if self.hits else 0.0
+        return self.hits / self.needed if self.hits else 0.0
+
+    @property
+    def needed(self) -> int:
+        """Experts that were used."""
+        return self.hits + self.demand_loads + self.host_experts
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}

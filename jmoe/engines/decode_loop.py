@@ -7,8 +7,9 @@ into new device memory waits for everything that was dispatched before it, so wh
 copy has to come after it.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +48,15 @@ class DecodeLoop:
     def inputs(self) -> dict[Form, LayerInputs]:
         """Shapes of what programs take of a layer's experts."""
         return self._experts.inputs
+
+    @contextlib.contextmanager
+    def using(self, hybrid: Hybrid) -> Iterator[None]:
+        """Splits experts in another way within."""
+        before, self._experts.hybrid = self._experts.hybrid, hybrid
+        try:
+            yield
+        finally:
+            self._experts.hybrid = before
 
     def compile(self, caches: Sequence[LayerCache], token_ids_B: jax.ShapeDtypeStruct) -> None:
         """Compiles the programs of all layers but the end of the last one."""

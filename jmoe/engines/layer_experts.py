@@ -6,7 +6,7 @@ outputs only, since the host computes some of the experts.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -57,6 +57,7 @@ class LayerExperts:
 
     Attributes:
       inputs: shapes of what programs take, by form; those forms that may occur.
+      hybrid: computes experts on the host; None if the device computes all.
     """
 
     def __init__(
@@ -68,17 +69,18 @@ class LayerExperts:
     ):
         self._model = model
         self._predictor = predictor
-        self._hybrid = hybrid
+        self.hybrid = hybrid
         top_k = self._top_k = model.config.router.top_k
         # Of one token the experts are taken in its order, which the device knows.
         self._is_single = batch_size == 1
         self._shape = batch_size, top_k, model.config.hidden_size
         self._rows_R = np.arange(batch_size * top_k, dtype=np.int32)
         self._ids = model.expert_ids()
-        y_TKD = model.abstract(self._shape, "float32")
+        # Shapes stand for arrays.
+        y_TKD: Any = model.abstract(self._shape, "float32")
         routed = model.abstract_routed(batch_size, 1)
-        blobs = (model.abstract_blob(),) * top_k
-        group = None if self._is_single else (model.abstract((), "int32"),) * top_k
+        blobs: Any = (model.abstract_blob(),) * top_k
+        group: Any = None if self._is_single else (model.abstract((), "int32"),) * top_k
         self.inputs: dict[Form, LayerInputs] = {
             "whole": LayerInputs(blobs, group, routed, None, None)
         }
@@ -90,11 +92,11 @@ class LayerExperts:
     def compile(self) -> None:
         """Compiles what computes experts alone."""
         model, (batch_size, top_k, _) = self._model, self._shape
-        if self._hybrid is not None:
-            self._hybrid.compute.compile(batch_size, batch_size * top_k)
+        if self.hybrid is not None:
+            self.hybrid.compute.compile(batch_size, batch_size * top_k)
         if len(self.inputs) == 1:
             return
-        sizes = _group_sizes(top_k) if self._hybrid is not None else [top_k]
+        sizes = _group_sizes(top_k) if self.hybrid is not None else [top_k]
         routed = self.inputs["whole"].routed
         y_shape = model.abstract(self._shape, "float32")
         self._some = {
@@ -127,11 +129,11 @@ class LayerExperts:
           ComputeError: the host failed to compute one.
         """
         chosen_TK = choices_NTW[0, :, : self._top_k]
-        if self._hybrid is not None:
+        if self.hybrid is not None:
             used, tokens = np.unique(chosen_TK[chosen_TK >= 0], return_counts=True)
-            ways = self._hybrid.splitter.split(experts, layer, used.tolist(), tokens.tolist())
+            ways = self.hybrid.splitter.split(experts, layer, used.tolist(), tokens.tolist())
             if ways.host:
-                return self._get_with_host(experts, layer, choices_NTW, routed, ways, self._hybrid)
+                return self._get_with_host(experts, layer, choices_NTW, routed, ways, self.hybrid)
         if self._is_single:
             ids = chosen_TK[0].tolist()
             experts.need(layer, ids)
@@ -188,8 +190,10 @@ class LayerExperts:
             if not fits:
                 y_TKD.block_until_ready()
                 experts.release()
+        if y_TKD is None:
+            y_TKD = self._zeros_TKD
         y_host_TKD = self._model.put(hybrid.host.wait(job).reshape(self._shape))
-        return LayerInputs((), None, routed, self._zeros_TKD if y_TKD is None else y_TKD, y_host_TKD)
+        return LayerInputs((), None, routed, y_TKD, y_host_TKD)
 
     def _apply(
         self,
@@ -216,7 +220,7 @@ class LayerExperts:
         experts.pass_layer(layer)
         if self._predictor is not None:
             predictions = self._predictor.predict(layer, choices_NTW[1:])
-            in_time = self._hybrid.splitter.in_time if self._hybrid is not None else None
+            in_time = self.hybrid.splitter.in_time if self.hybrid is not None else None
             experts.predict(predictions, in_time=in_time)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,15 +12,19 @@ from jmoe.engines import offload_scoring
 from jmoe.engines.batch import BatchRun
 from jmoe.engines.contest import Contest, EngineName
 from jmoe.engines.expert_model import ExpertModel
+from jmoe.engines.host_compute import HostCompute
+from jmoe.engines.layer_experts import Hybrid
 from jmoe.engines.memory import remedy, smaller_plan
 from jmoe.engines.offload_steps import OffloadSteps
 from jmoe.engines.prediction import Predictor
 from jmoe.engines.prompts import check_prompts
+from jmoe.engines.splitting import Splitter
 from jmoe.engines.steps import BatchShape
 from jmoe.errors import RequestError, TransferError
 from jmoe.generation.options import GenerationOptions
 from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import longest_chunk
+from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
 from jmoe.planning.policy import Policy
@@ -30,6 +34,7 @@ from jmoe.residency.array_cache import CacheStatic
 from jmoe.residency.cache import SlotCache
 from jmoe.residency.eviction import Eviction, make_eviction
 from jmoe.residency.experts import DeviceExperts
+from jmoe.residency.host_experts import HostExperts, ThrottledCompute
 from jmoe.residency.link import Link
 from jmoe.residency.slot_array import SlotArray, host_arrays
 from jmoe.residency.switching import SwitchingExperts
@@ -59,6 +64,20 @@ class Replan(Protocol):
         ...
 
 
+class HostSide(NamedTuple):
+    """How the host computes experts.
+
+    Attributes:
+      kernels: to compute with; None leaves it to XLA.
+      costs: of experts on both sides.
+      bytes_per_s: holds the host to reading experts at this speed; None does not.
+    """
+
+    kernels: HostKernels | None
+    costs: ExpertCosts
+    bytes_per_s: float | None = None
+
+
 class OffloadEngine(ExpertModel):
     """Runs one batch at a time: its experts are those of the last token of the last one.
 
@@ -69,6 +88,7 @@ class OffloadEngine(ExpertModel):
       notes: what was decided while it was made, a sentence each.
       recorder: told which experts are chosen; None does not record.
       predictor: of experts; None takes what the routers say.
+      hybrid: computes experts on the host; None if the policy is to load them.
     """
 
     def __init__(
@@ -86,6 +106,7 @@ class OffloadEngine(ExpertModel):
         store: ExpertStore | None = None,
         eviction: Eviction | None = None,
         timeline: Timeline | None = None,
+        host_experts: HostSide | None = None,
     ):
         """Args:
         parameters: see ``ExpertModel``.
@@ -95,6 +116,7 @@ class OffloadEngine(ExpertModel):
         store: of the blobs among the parameters; None makes one of them.
         eviction: another rule than the policy's.
         timeline: of copies, waits and layers.
+        host_experts: how the host computes experts, for policies by which it does.
         """
         policy = plan.policy
         super().__init__(config, parameters, dtype, device, quant, host, policy)
@@ -131,6 +153,10 @@ class OffloadEngine(ExpertModel):
         )
         if policy.engine == "compiled":
             self.places.move_into_slots()
+        self.hybrid: Hybrid | None = None
+        if policy.misses != "load":
+            assert host_experts is not None
+            self.hybrid = self._make_hybrid(host_experts, timeline)
 
     @property
     def slots(self) -> SlotArray | None:
@@ -197,6 +223,8 @@ class OffloadEngine(ExpertModel):
         if self._run is not None:
             self._run.end()
         self.places.settle()
+        if self.hybrid is not None:
+            self.hybrid.host.settle()
         if self._run is not None:
             self._run.free()
             self._run = None
@@ -259,6 +287,14 @@ class OffloadEngine(ExpertModel):
             self.notes.append(f"engine thread, not compiled: {error.what} ({error.got})")
             return ()
 
+    def _make_hybrid(self, side: HostSide, timeline: Timeline | None) -> Hybrid:
+        compute = HostCompute(self.config, self.dtype, self.layout, self.store, side.kernels)
+        throttled = compute
+        if side.bytes_per_s is not None:
+            throttled = ThrottledCompute(compute, self.layout.num_bytes, side.bytes_per_s)
+        host = HostExperts(throttled, self.layout.num_bytes, timeline)
+        return Hybrid(Splitter(side.costs, misses=self.plan.policy.misses), host, compute)
+
     def _make_slots(self, static: CacheStatic) -> SlotArray:
         return SlotArray(static, self.layout, self.device, self.host_blobs)
 
@@ -295,6 +331,9 @@ class OffloadEngine(ExpertModel):
     def close(self) -> None:
         """Stops the thread that copies, and drops all experts; may be called again."""
         self._closed = True
+        if self.hybrid is not None:
+            self.hybrid.host.close()
+            self.hybrid.compute.close()
         self.places.close()
         self.store.close()
 

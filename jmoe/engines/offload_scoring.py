@@ -63,7 +63,7 @@ def _by_loop(model: "OffloadEngine", token_ids_BL: np.ndarray) -> np.ndarray:
     batch_size, num_tokens = token_ids_BL.shape
     caches = _caches(model, batch_size, num_tokens)
     predictor = model.predictor or (GatePredictor(model.num_layers) if model.lookahead else None)
-    loop = DecodeLoop(model, batch_size, predictor)
+    loop = DecodeLoop(model, batch_size, predictor, model.hybrid)
     loop.compile(caches, model.abstract((batch_size,), "int32"))
     valid_B = model.put(np.ones(batch_size, bool))
 

@@ -1,5 +1,6 @@
 """A batch in the offload engine: prompts layer by layer, then decode steps in one of two ways."""
 
+import dataclasses
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from jmoe.models import kv_cache
 from jmoe.models.kv_cache import KVCache
 from jmoe.planning.memory import device_memory
 from jmoe.planning.traces import TraceRecorder
+from jmoe.residency.host_experts import HostCounters
 
 if TYPE_CHECKING:
     from jmoe.engines.offload import OffloadEngine
@@ -61,6 +63,9 @@ class OffloadSteps:
         self._recall = Recall(model.lookahead, model.num_predicted)
         self._prefill = self._decode = Traffic.none()
         self._since = model.places.counts()
+        self._host_since = HostCounters()
+        if model.hybrid is not None:
+            self._host_since = model.hybrid.host.counters.snapshot()
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._ended = False
@@ -173,7 +178,7 @@ class OffloadSteps:
         self._check_open()
         model = self._model
         model.places.begin()
-        self._since = model.places.counts()
+        self._count()
         lengths = np.asarray(lengths_B)
         hidden_BD, caches, start = self._empty_hidden(), self._caches, 0
         for size in self._shape.chunks:
@@ -230,7 +235,7 @@ class OffloadSteps:
             return
         self._decode += self._count()
         model.decode_by(contest.running)
-        self._since = model.places.counts()  # without what was moved for this
+        self._count()  # without what was moved for this
 
     def _note_choices(self, choices_LNTW: np.ndarray) -> None:
         chosen_LTK = choices_LNTW[:, 0, :, : self._model.config.router.top_k]
@@ -248,7 +253,14 @@ class OffloadSteps:
     def _count(self) -> Traffic:
         """What happened since this was asked last."""
         since, self._since = self._since, self._model.places.counts()
-        return self._since - since
+        traffic = self._since - since
+        if (hybrid := self._model.hybrid) is None:
+            return traffic
+        since, self._host_since = self._host_since, hybrid.host.counters.snapshot()
+        host = self._host_since - since
+        return dataclasses.replace(
+            traffic, host_experts=host.experts, host_bytes=host.bytes, host_busy_s=host.busy_s
+        )
 
     def _stats(self) -> ResidencyStats:
         model = self._model

@@ -1,10 +1,11 @@
 """Which of a layer's missing experts the host computes, decided while a model runs."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from jmoe.planning.cost import Absent, ExpertCosts, split
+from jmoe.planning.policy import Misses
 from jmoe.residency.experts import Outlook
 
 # Of the mean time of a layer, per layer.
@@ -44,40 +45,46 @@ class Splitting(Protocol):
         self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]
     ) -> Ways: ...
     def in_time(self, layer: int, num_queued: int) -> bool: ...
+    def restart(self) -> None:
+        """Says that time has passed for another reason."""
+        ...
 
 
 class Splitter:
     """Decides by a cost model, and keeps a record from which a run can be repeated exactly.
 
     Attributes:
+      costs: of an expert.
+      misses: what becomes of missing experts; may be changed between steps.
       record: by layer of every step the experts that the host computed.
     """
 
     def __init__(
         self,
         costs: ExpertCosts,
-        *,
-        always_host: bool = False,
-        replay: Iterable[Sequence[int]] | None = None,
+        misses: Misses = "split",
     ):
         """Args:
         costs: of an expert.
-        always_host: whatever is not on the device the host computes, and nothing is copied.
-        replay: an earlier record, to be followed whatever is on the device.
+        misses: what becomes of missing experts; see ``Policy``.
         """
         self.costs = costs
         self.record: list[tuple[int, ...]] = []
-        self._replay = iter(replay) if replay is not None else None
-        self._always_host = always_host
+        self.misses: Misses = misses
+        self._replay: Iterator[Sequence[int]] | None = None
         self._layer_s = 0.0
         self._last_s: float | None = None
         self._layer = 0
 
+    def replay(self, record: Iterable[Sequence[int]]) -> None:
+        """Follows an earlier record from now on, whatever is on the device."""
+        self._replay = iter(record)
+
     @property
     def copies_pay(self) -> bool:
         """Whether to copy experts before they are needed, or to keep them."""
-        is_faster = self.costs.host(1) > _ADVANTAGE * self.costs.device(1)
-        return is_faster and not self._always_host
+        is_slower = self.costs.host(1) > _ADVANTAGE * self.costs.device(1)
+        return is_slower and self.misses != "host"
 
     def split(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
         """Serves the experts of a layer.
@@ -95,14 +102,14 @@ class Splitter:
 
     def in_time(self, layer: int, num_queued: int) -> bool:
         """Whether one more copy would come in time for a layer, behind so many others."""
+        if self.misses == "load":
+            return True
         if not self.copies_pay:
             return False
         arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
         return arrives_s <= _LATE * (layer - self._layer) * self._layer_s
 
-    def _ways(
-        self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]
-    ) -> Ways:
+    def _ways(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
         costs = self.costs
         outlook = held.outlook(layer, experts, costs.copy_s)
         self._backlog_s = outlook.backlog_s
@@ -120,7 +127,9 @@ class Splitter:
             for expert in experts
             if expert not in here
         ]
-        if self._always_host:
+        if self.misses == "load":
+            return Ways(here, [a.expert for a in absent], [])
+        if self.misses == "host":
             return Ways(here, [], [a.expert for a in absent])
         result = split(
             absent,
@@ -131,7 +140,6 @@ class Splitter:
         return Ways(here, list(result.device), list(result.host))
 
     def restart(self) -> None:
-        """Begins anew with the time of layers, after a pause."""
         self._last_s = None
 
     def _take_time(self, layer: int) -> None:
@@ -152,3 +160,6 @@ class OneByHost:
 
     def in_time(self, layer: int, num_queued: int) -> bool:
         return False
+
+    def restart(self) -> None:
+        pass

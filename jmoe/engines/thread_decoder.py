@@ -12,6 +12,7 @@ from jmoe.engines.expert_model import Supply
 from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.programs import DecodeState
+from jmoe.engines.splitting import OneByHost
 from jmoe.engines.steps import BatchShape, Ending, Sampling
 from jmoe.models.kv_cache import KVCache
 
@@ -30,7 +31,7 @@ class ThreadDecoder:
             predictor = GatePredictor(model.num_layers)
         self._model = model
         self._shape = shape
-        self._loop = DecodeLoop(model, shape.batch_size, predictor)
+        self._loop = DecodeLoop(model, shape.batch_size, predictor, model.hybrid)
 
     def compile(
         self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
@@ -57,7 +58,12 @@ class ThreadDecoder:
         }
 
     def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
-        state, token_ids_B = self._step(BlankExperts(self._model), state, active_B)
+        blanks = BlankExperts(self._model)
+        state, token_ids_B = self._step(blanks, state, active_B)
+        if (hybrid := self._model.hybrid) is not None:
+            with self._loop.using(hybrid._replace(splitter=OneByHost())):
+                state, token_ids_B = self._step(blanks, state, active_B)
+            hybrid.splitter.restart()
         token_ids_B.block_until_ready()
         return state
 

@@ -21,6 +21,9 @@ from jmoe.residency.experts import MAX_IN_FLIGHT
 
 # Of what is left for workspace and slots, the workspace of a longer chunk may take this part.
 WORKSPACE_SHARE = 1 / 4
+# Layers for which experts are predicted, by what becomes of missing ones. The host computes while
+# an expert is copied: what comes too late for the next layer may come in time for a later one.
+LOOKAHEAD = {"load": 1, "split": 3, "host": 0}
 
 
 class Item(NamedTuple):
@@ -165,7 +168,10 @@ class Offloading:
 
     @property
     def _lookahead(self) -> int:
-        return min(self.policy.lookahead, self.need.num_layers - 1)
+        lookahead = self.policy.lookahead
+        if lookahead is None:
+            lookahead = LOOKAHEAD[self.policy.misses]
+        return min(lookahead, self.need.num_layers - 1)
 
     @property
     def _fetch(self) -> int:

@@ -23,6 +23,10 @@ from jmoe.store.safetensors_writer import write_file
 Mode = Literal["resident", "offload", "host"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+# What becomes of experts that are needed and not on the device.
+Misses = Literal["load", "split", "host"]
+MISSES: tuple[Misses, ...] = get_args(Misses)
+
 # How decode steps are taken.
 EngineChoice = Literal["auto", "thread", "compiled"]
 ENGINES: tuple[EngineChoice, ...] = get_args(EngineChoice)
@@ -45,7 +49,11 @@ class Policy:
       num_staging: places that all layers share, for experts that arrive early and for those that
         their layer has no slot for; 0 is chosen by the plan.
       eviction: which expert leaves a full pool, one of ``residency.eviction.EVICTIONS``.
-      lookahead: for how many layers ahead experts are prefetched; 0 is none.
+      misses: what becomes of an expert that is needed and not there. "load": it is copied. "split":
+        it is copied or computed on the host, so that both end together (``planning.cost``).
+        "host": the host computes it, and nothing is copied but what prompts bring.
+      lookahead: for how many layers ahead experts are prefetched; 0 is none, None is chosen by the
+        plan.
       fetch: experts to prefetch per token and layer; 0 is the model's top_k.
       prefill_chunk: longest piece of a prompt in tokens, a power of two; 0 is chosen by the plan.
       engine: what takes decode steps. "thread": the host, layer by layer, with a thread that
@@ -62,7 +70,8 @@ class Policy:
     slots: tuple[int, ...] | int | None = None
     num_staging: int = 0
     eviction: str = "lru"
-    lookahead: int = 1
+    misses: Misses = "load"
+    lookahead: int | None = None
     fetch: int = 0
     prefill_chunk: int = 0
     engine: EngineChoice = "thread"
@@ -79,7 +88,10 @@ class Policy:
         _require(fits, "slots", _plain(self.slots), expected)
         for name in ("num_staging", "lookahead", "fetch", "prefill_chunk", "fetch_ahead"):
             value = getattr(self, name)
+            if name == "lookahead" and value is None:
+                continue
             _require(_is_count(value), name, value, "a whole number from 0")
+        _require(self.misses in MISSES, "misses", self.misses, f"one of {', '.join(MISSES)}")
         known = f"one of {', '.join(EVICTIONS)}"
         _require(self.eviction in EVICTIONS, "eviction", self.eviction, known)
         chunk = self.prefill_chunk
@@ -111,6 +123,9 @@ class Policy:
             return
         known = f"{' or '.join(RULES)} for the engine {self.engine}"
         _require(self.eviction in RULES, "eviction", self.eviction, known)
+        expected = "load, for the engine compiled, whose program computes all experts"
+        fits = self.misses == "load" or self.engine == "auto"
+        _require(fits, "misses", self.misses, expected)
         expected = f"slots by layer, not one pool, for the engine {self.engine}"
         _require(not isinstance(self.slots, int), "slots", self.slots, expected)
 

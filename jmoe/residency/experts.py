@@ -19,7 +19,6 @@ from jmoe.residency.link import Link
 from jmoe.residency.prefetch import Fetcher
 from jmoe.residency.timeline import Timeline
 
-
 # Copies that are started before the first of them has arrived.
 MAX_IN_FLIGHT = 2
 

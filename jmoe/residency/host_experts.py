@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
 from typing import Protocol, Self
 
 import jax

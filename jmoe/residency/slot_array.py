@@ -183,13 +183,14 @@ class PromptExperts:
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],
         fence: Callable[[], None] | None = None,
+        in_time: Callable[[int, int], bool] | None = None,
     ) -> None:
         """See ``DeviceExperts.predict``; what is in slots is not copied."""
         absent = []
         for layer, experts in predictions:
             there = self._slots.layer(layer)
             absent.append((layer, [expert for expert in experts if expert not in there]))
-        self._experts.predict(absent, fence)
+        self._experts.predict(absent, fence, in_time)
 
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]

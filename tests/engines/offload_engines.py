@@ -17,7 +17,7 @@ import pytest
 from jmoe import native
 from jmoe.config import ModelConfig
 from jmoe.engines.batch import BatchRun
-from jmoe.engines.offload import OffloadEngine, Replan
+from jmoe.engines.offload import HostSide, OffloadEngine, Replan
 from jmoe.engines.prediction import Predictor
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.resident import ResidentEngine
@@ -28,6 +28,7 @@ from jmoe.models.decoder import rebuild
 from jmoe.models.random_weights import random_parameters
 from jmoe.native.choice import HostKernels
 from jmoe.planning.chunks import MIN_CHUNK
+from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.plan import Plan, make_plan
 from jmoe.planning.policy import MAX_IN_FLIGHT, EngineChoice, Policy
 from jmoe.planning.traces import TraceRecorder
@@ -57,6 +58,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 Slots = tuple[int, ...] | int
+
+# Of two missing experts one is copied and one is computed on the host.
+EVEN_COSTS = ExpertCosts(copy_s=1e-3, host=lambda tokens: 1e-3, device=lambda tokens: 1e-4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +111,7 @@ class Model:
         link: Link | None = None,
         eviction: str = "lru",
         seed: int = 0,
+        costs: ExpertCosts | None = None,
         **policy: Any,
     ) -> OffloadEngine:
         """An engine that keeps its plan.
@@ -116,11 +121,13 @@ class Model:
           link: instead of the device's own.
           eviction: the rule.
           seed: of random eviction.
+          costs: of experts that the host may compute.
           policy: other fields of Policy.
         """
         slots = self.all_slots if slots is None else slots
         requested = Policy(mode="offload", slots=slots, eviction=eviction, **policy)
-        return self._engine(self._plan(requested), link=link, seed=seed)
+        host_side = HostSide(self.host, costs or EVEN_COSTS)
+        return self._engine(self._plan(requested), link=link, seed=seed, host_side=host_side)
 
     def engine_within(self, budget_bytes: int, engine: EngineChoice = "thread") -> OffloadEngine:
         """An engine that makes a plan for every batch, within a budget."""
@@ -179,6 +186,7 @@ class Model:
         link: Link | None = None,
         seed: int = 0,
         replan: Replan | None = None,
+        host_side: HostSide | None = None,
     ) -> OffloadEngine:
         engine = OffloadEngine(
             self.config,
@@ -191,6 +199,7 @@ class Model:
             link=link or self.link(),
             replan=replan,
             eviction=make_eviction(plan.policy.eviction, seed=seed),
+            host_experts=host_side,
         )
         engine.programs = self.programs
         return engine
