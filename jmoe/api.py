@@ -21,7 +21,7 @@ from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
 from jmoe.planning import sizes
 from jmoe.planning.plan import Plan
-from jmoe.planning.policy import EngineChoice, Policy
+from jmoe.planning.policy import EngineChoice, Misses, Policy
 from jmoe.planning.traces import RoutingTrace
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
@@ -307,12 +307,14 @@ def load(
     policy: str | Policy = "auto",
     engine: EngineChoice | None = None,
     tokens_per_call: int | None = None,
+    misses: Misses | None = None,
     device_memory_gib: float | None = None,
     context: int | None = None,
     record_routing: bool = False,
     timeline: Timeline | None = None,
     link_gb_per_s: float | None = None,
     link_latency_us: float = 0.0,
+    host_gb_per_s: float | None = None,
     device: jax.Device | None = None,
     revision: str | None = None,
     progress: bool = False,
@@ -348,6 +350,9 @@ def load(
         with a thread that copies experts, which is the default; "compiled", one program that finds
         and fetches experts itself; "auto", the faster of both on the first tokens.
       tokens_per_call: that the engine compiled makes at once; 1 is the default.
+      misses: with the policy offload, what becomes of experts that are needed and not on the device:
+        "load" copies them, which is the default; "host" computes them on the host; "split" does
+        both at once, so that both end together.
       device_memory_gib: device memory to use, for weights, KV cache, workspace and experts. None
         has no end on the CPU backend, and is most of what is free on an accelerator.
       context: positions to plan for, prompt and new tokens; 1,024 if the model has so many. A
@@ -357,6 +362,7 @@ def load(
       link_gb_per_s: holds copies to the device to this speed, in 10^9 bytes per second: for
         experiments on a machine without an accelerator.
       link_latency_us: what each copy takes besides then, in microseconds.
+      host_gb_per_s: likewise holds the host to reading experts at this speed when it computes.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.
@@ -383,12 +389,14 @@ def load(
         policy=policy,
         engine=engine,
         tokens_per_call=tokens_per_call,
+        misses=misses,
         device_memory_gib=device_memory_gib,
         context=context,
         record_routing=record_routing,
         timeline=timeline,
         link_gb_per_s=link_gb_per_s,
         link_latency_us=link_latency_us,
+        host_gb_per_s=host_gb_per_s,
     )
     stopwatch = Stopwatch()
     with stopwatch:

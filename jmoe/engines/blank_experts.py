@@ -25,6 +25,9 @@ class BlankExperts:
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         pass
 
+    def fill(self, layer: int, wanted: Sequence[int]) -> None:
+        pass
+
     def predict(
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],

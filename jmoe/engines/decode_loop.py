@@ -50,7 +50,7 @@ class DecodeLoop:
         return self._experts.inputs
 
     @contextlib.contextmanager
-    def using(self, hybrid: Hybrid) -> Iterator[None]:
+    def using(self, hybrid: Hybrid | None) -> Iterator[None]:
         """Splits experts in another way within."""
         before, self._experts.hybrid = self._experts.hybrid, hybrid
         try:

@@ -76,6 +76,9 @@ class HostCompute:
             top_k=config.router.top_k,
             host=self._host,
         )
+        # Backends finish a program when it runs for the first time.
+        x_TD = jnp.zeros((num_tokens, config.hidden_size), self._dtype)
+        self(0, x_TD, np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32))
 
     def __call__(
         self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray

@@ -239,6 +239,18 @@ def expert_rows(
     return y_AD.at[rows_R].set(_expert(x_RD, valid_R, blob, static))
 
 
+@functools.partial(_donating, donate_argnames=("y_AD",))
+def enter_rows(
+    out_RD: Float[Array, "R D"],
+    rows_R: Int[Array, " R"],
+    y_AD: Float[Array, "A1 D"],
+    *,
+    static: LayerStatic,
+) -> Float[Array, "A1 D"]:
+    """Enters what the host computed; rows as for ``expert_rows``. Donates: y_AD."""
+    return y_AD.at[rows_R].set(out_RD)
+
+
 @functools.partial(_donating, donate_argnames=("cache",))
 def next_prompt_layer(
     routed: Routed,

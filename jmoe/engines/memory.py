@@ -106,13 +106,17 @@ def smaller_plan(
       batch_size: sequences.
       num_positions: of each.
       used_bytes: what the plan that failed takes.
-      policy: of that plan: its eviction rule and look-ahead are kept.
+      policy: of that plan: its eviction rule, look-ahead, and what becomes of misses are kept.
 
     Returns:
       None if there is no smaller one.
     """
     policy = Policy(
-        mode="offload", eviction=policy.eviction, lookahead=policy.lookahead, fetch=policy.fetch
+        mode="offload",
+        misses=policy.misses,
+        eviction=policy.eviction,
+        lookahead=policy.lookahead,
+        fetch=policy.fetch,
     )
     need = MemoryNeed.of(config, dtype, quant, batch_size=batch_size, num_positions=num_positions)
     offloading = Offloading(

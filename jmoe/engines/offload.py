@@ -134,7 +134,7 @@ class OffloadEngine(ExpertModel):
         self.host_blobs = self._host_arrays() if policy.engine != "thread" else ()
         self.plan = self._possible(plan)
         policy = self.plan.policy
-        assert policy.slots is not None
+        assert policy.slots is not None and policy.eviction is not None
         cache = SlotCache(
             policy.slots,
             num_layers=config.num_hidden_layers,

@@ -30,7 +30,7 @@ def score_prompt(model: "OffloadEngine", token_ids: Sequence[int]) -> np.ndarray
     longest = model.longest_chunk(1, len(token_ids))
     chunks = prompt_chunks(len(token_ids), longest)
     caches = _caches(model, 1, sum(chunks))
-    stream = PromptStream(model, 1, caches)
+    stream = PromptStream(model, 1, caches, model.hybrid)
     padded_BL, start, logits = pad_prompts([token_ids], sum(chunks)), 0, []
     for size in chunks:
         stream.compile(size)

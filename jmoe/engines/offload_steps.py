@@ -87,7 +87,7 @@ class OffloadSteps:
             model.config, shape.batch_size, shape.capacity, model.dtype, model.device
         )
         self._caches = list(cache.layers)
-        self._stream = PromptStream(model, shape.batch_size, self._caches)
+        self._stream = PromptStream(model, shape.batch_size, self._caches, model.hybrid)
         before = model.programs.num_compiled
         model.last_programs.clear()
         self._compile_prompts(lengths_B)

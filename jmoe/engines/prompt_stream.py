@@ -12,6 +12,7 @@ import numpy as np
 
 from jmoe.engines import layer_programs
 from jmoe.engines.expert_model import ExpertModel, PromptSupply
+from jmoe.engines.layer_experts import Hybrid
 from jmoe.engines.prediction import by_votes
 from jmoe.models.kv_cache import LayerCache
 
@@ -27,9 +28,22 @@ class PromptStream:
       chosen_LTK: experts chosen in the last chunk, int32, -1 for padding.
     """
 
-    def __init__(self, model: ExpertModel, batch_size: int, caches: Sequence[LayerCache]):
+    def __init__(
+        self,
+        model: ExpertModel,
+        batch_size: int,
+        caches: Sequence[LayerCache],
+        hybrid: Hybrid | None = None,
+    ):
+        """Args:
+        model: to go through.
+        batch_size: prompts.
+        caches: by layer, for their shapes.
+        hybrid: computes experts on the host; None if the device computes all.
+        """
         self.chosen_LTK = np.zeros((0, 0, 0), np.int32)
         self._model = model
+        self._hybrid = hybrid
         self._batch_size = batch_size
         self._caches = caches
         self._programs: dict[int, _ChunkPrograms] = {}
@@ -39,7 +53,9 @@ class PromptStream:
     def compile(self, size: int) -> None:
         """Compiles the programs for chunks of so many positions."""
         if size not in self._programs:
-            self._programs[size] = _ChunkPrograms(self._model, self._batch_size, size, self._caches)
+            self._programs[size] = _ChunkPrograms(
+                self._model, self._batch_size, size, self._caches, self._hybrid
+            )
 
     def forget(self) -> None:
         """Forgets what was used so far."""
@@ -81,7 +97,9 @@ class PromptStream:
         for layer in range(model.num_layers):
             choices_NTW = np.asarray(choices)
             chosen.append(choices_NTW[0, :, : model.config.router.top_k])
-            y_AD = self._apply_experts(experts, layer, choices_NTW, routed, y_AD, programs)
+            y_AD = self._apply_experts(
+                experts, layer, choices_NTW, routed, y_AD, programs, is_rehearsal=every_bucket
+            )
             if layer + 1 < model.num_layers:
                 routed, caches[layer + 1], choices = programs.next[layer](
                     routed,
@@ -103,8 +121,9 @@ class PromptStream:
         routed: layer_programs.Routed,
         y_AD: jax.Array,
         programs: "_ChunkPrograms",
+        is_rehearsal: bool,
     ) -> jax.Array:
-        model = self._model
+        model, hybrid = self._model, self._hybrid
         rows = rows_by_expert(choices_NTW[0, :, : model.config.router.top_k])
         counts_E = self._counts_LE[layer]
         for expert, rows_R in rows.items():
@@ -115,12 +134,21 @@ class PromptStream:
         def fence() -> None:
             y.block_until_ready()
 
+        on_host, job, prefetches = [], None, True
+        if hybrid is not None and not is_rehearsal:
+            tokens = [len(rows_R) for rows_R in rows.values()]
+            ways = hybrid.splitter.split(experts, layer, list(rows), tokens, is_prompt=True)
+            on_host, prefetches = ways.host, bool(ways.coming)
+        if on_host:
+            assert hybrid is not None
+            host_rows_R, ids_R = programs.prepare_host({e: rows[e] for e in on_host})
+            job = hybrid.host.start(layer, routed.normed_TD, host_rows_R, ids_R)
         # Least used first: what is kept is what came last, and so the most recent.
-        order = sorted(rows, key=lambda e: counts_E[e])
+        order = sorted(rows.keys() - set(on_host), key=lambda e: counts_E[e])
         # Before the experts: copies to a GPU come one after another.
         work = {expert: programs.prepare(rows[expert]) for expert in order}
         ahead = []
-        if layer + 1 < model.num_layers and len(choices_NTW) > 1:
+        if prefetches and layer + 1 < model.num_layers and len(choices_NTW) > 1:
             ahead = [(layer + 1, by_votes(choices_NTW[1]))]
         for expert, blob, all_started in experts.stream(layer, order, wanted, fence):
             if all_started:
@@ -128,6 +156,11 @@ class PromptStream:
             rows_R, apply = work[expert]
             y = apply(blob, rows_R, routed, y)
             del blob  # or it would outlive its place
+        if job is not None:
+            assert hybrid is not None
+            y = programs.enter(hybrid.host.wait(job), host_rows_R, y)
+            if hybrid.splitter.slots_pay:
+                experts.fill(layer, wanted)
         fence()
         return y
 
@@ -136,7 +169,12 @@ class _ChunkPrograms:
     """What is compiled for chunks of one size."""
 
     def __init__(
-        self, model: ExpertModel, batch_size: int, size: int, caches: Sequence[LayerCache]
+        self,
+        model: ExpertModel,
+        batch_size: int,
+        size: int,
+        caches: Sequence[LayerCache],
+        hybrid: Hybrid | None,
     ):
         config = model.config
         self._put = model.put
@@ -170,6 +208,17 @@ class _ChunkPrograms:
             )
             for layer in range(1, model.num_layers)
         ]
+        self._enter = {}
+        if hybrid is not None:
+            for num_rows in row_buckets(self._num_assignments):
+                hybrid.compute.compile(batch_size * size, num_rows)
+                self._enter[num_rows] = model.program(
+                    layer_programs.enter_rows,
+                    model.abstract((num_rows, config.hidden_size), "float32"),
+                    model.abstract((num_rows,), "int32"),
+                    self.y_AD,
+                    layer=0,
+                )
         self._rows = {
             num_rows: model.program(
                 layer_programs.expert_rows,
@@ -181,6 +230,22 @@ class _ChunkPrograms:
             )
             for num_rows in row_buckets(batch_size * size)
         }
+
+    def prepare_host(self, rows: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Assignments of the host's experts filled up to a bucket, and the expert of each."""
+        num_rows = bucket_rows(sum(map(len, rows.values())))
+        rows_R = np.full(num_rows, self._num_assignments, np.int32)
+        ids_R = np.full(num_rows, -1, np.int32)
+        first = 0
+        for expert, some_R in rows.items():
+            rows_R[first : first + len(some_R)] = some_R
+            ids_R[first : first + len(some_R)] = expert
+            first += len(some_R)
+        return rows_R, ids_R
+
+    def enter(self, out_RD: np.ndarray, rows_R: np.ndarray, y_AD: jax.Array) -> jax.Array:
+        """Enters what the host computed."""
+        return self._enter[len(rows_R)](self._put(out_RD), self._put(rows_R), y_AD)
 
     def prepare(self, rows_R: np.ndarray) -> tuple[jax.Array, jax.stages.Compiled]:
         """Assignments of an expert filled up to a bucket, on the device; the program for that."""
@@ -196,6 +261,9 @@ class _ChunkPrograms:
         for num_rows, apply in self._rows.items():
             rows_R = self._put(np.full(num_rows, self._num_assignments, np.int32))
             y_AD = apply(blob, rows_R, routed, y_AD)
+        for num_rows in self._enter:
+            rows_R = np.full(num_rows, self._num_assignments, np.int32)
+            y_AD = self.enter(np.zeros((num_rows, y_AD.shape[1]), np.float32), rows_R, y_AD)
         return y_AD
 
 

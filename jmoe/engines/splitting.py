@@ -10,8 +10,6 @@ from jmoe.residency.experts import Outlook
 
 # Of the mean time of a layer, per layer.
 _SMOOTHING = 0.05
-# A copy that is expected to come a little late is worth its while: the host would take longer.
-_LATE = 1.2
 # How much slower the host must be than the device for copies to pay.
 _ADVANTAGE = 1.1
 
@@ -40,14 +38,19 @@ class Splitting(Protocol):
     """Says which experts the host computes: ``Splitter``, or one for a purpose of its own."""
 
     @property
+    def slots_pay(self) -> bool: ...
+    @property
     def copies_pay(self) -> bool: ...
     def split(
-        self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]
+        self,
+        held: Held,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        is_prompt: bool = False,
     ) -> Ways: ...
     def in_time(self, layer: int, num_queued: int) -> bool: ...
-    def restart(self) -> None:
-        """Says that time has passed for another reason."""
-        ...
 
 
 class Splitter:
@@ -81,12 +84,24 @@ class Splitter:
         self._replay = iter(record)
 
     @property
-    def copies_pay(self) -> bool:
-        """Whether to copy experts before they are needed, or to keep them."""
-        is_slower = self.costs.host(1) > _ADVANTAGE * self.costs.device(1)
-        return is_slower and self.misses != "host"
+    def slots_pay(self) -> bool:
+        """Whether an expert is better on the device than on the host."""
+        return self.costs.host(1) > _ADVANTAGE * self.costs.device(1)
 
-    def split(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
+    @property
+    def copies_pay(self) -> bool:
+        """Whether to copy experts while tokens are made."""
+        return self.slots_pay and self.misses != "host"
+
+    def split(
+        self,
+        held: Held,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        is_prompt: bool = False,
+    ) -> Ways:
         """Serves the experts of a layer.
 
         Args:
@@ -94,20 +109,26 @@ class Splitter:
           layer: whose turn it is.
           experts: distinct, that its tokens chose.
           tokens: of each.
+          is_prompt: whose layers take longer, which says nothing about decode steps.
         """
-        self._take_time(layer)
+        if not is_prompt:
+            self._take_time(layer)
         ways = self._ways(held, layer, experts, tokens)
         self.record.append(tuple(ways.host))
         return ways
 
     def in_time(self, layer: int, num_queued: int) -> bool:
-        """Whether one more copy would come in time for a layer, behind so many others."""
+        """Whether one more copy would come in time for a layer, behind so many others.
+
+        In time is before the host would have computed the expert. What comes later would have been
+        computed by then, and the link has better things to do.
+        """
         if self.misses == "load":
             return True
         if not self.copies_pay:
             return False
         arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
-        return arrives_s <= _LATE * (layer - self._layer) * self._layer_s
+        return arrives_s <= (layer - self._layer) * self._layer_s + self.costs.host(1)
 
     def _ways(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
         costs = self.costs
@@ -139,9 +160,6 @@ class Splitter:
         )
         return Ways(here, list(result.device), list(result.host))
 
-    def restart(self) -> None:
-        self._last_s = None
-
     def _take_time(self, layer: int) -> None:
         now_s = time.perf_counter()
         if self._last_s is not None and layer == self._layer + 1:
@@ -153,13 +171,18 @@ class Splitter:
 class OneByHost:
     """Has the host compute the first expert of each layer: to run each program once."""
 
-    copies_pay = False
+    slots_pay = copies_pay = False
 
-    def split(self, held: Held, layer: int, experts: Sequence[int], tokens: Sequence[int]) -> Ways:
+    def split(
+        self,
+        held: Held,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        is_prompt: bool = False,
+    ) -> Ways:
         return Ways(list(experts[1:]), [], list(experts[:1]))
 
     def in_time(self, layer: int, num_queued: int) -> bool:
         return False
-
-    def restart(self) -> None:
-        pass

@@ -59,11 +59,11 @@ class ThreadDecoder:
 
     def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
         blanks = BlankExperts(self._model)
-        state, token_ids_B = self._step(blanks, state, active_B)
+        with self._loop.using(None):
+            state, token_ids_B = self._step(blanks, state, active_B)
         if (hybrid := self._model.hybrid) is not None:
             with self._loop.using(hybrid._replace(splitter=OneByHost())):
                 state, token_ids_B = self._step(blanks, state, active_B)
-            hybrid.splitter.restart()
         token_ids_B.block_until_ready()
         return state
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.engines.memory import ExplainShortage, check_fits, remedy, smaller_plan
-from jmoe.engines.offload import OffloadEngine
+from jmoe.engines.offload import HostSide, OffloadEngine
 from jmoe.engines.resident import ResidentEngine
 from jmoe.loading.options import LoadOptions
 from jmoe.native import library
@@ -112,6 +112,7 @@ class Setup(NamedTuple):
                 replan=self.replan,
                 store=store,
                 timeline=self.options.timeline,
+                host_experts=self._host_side(),
             )
         if self.options.record_routing:
             router = self.config.router
@@ -162,6 +163,19 @@ class Setup(NamedTuple):
             workspace_bytes=workspace_bytes,
             budget_bytes=self.plan.budget_bytes,
             platform=self.device.platform,
+        )
+
+    def _host_side(self) -> HostSide | None:
+        """How the host computes experts, if it is to."""
+        options = self.options
+        if self.plan.policy.misses == "load":
+            return None
+        available = options.host_kernels and library.status().available
+        speed = options.host_gb_per_s
+        return HostSide(
+            kernels=options.kernel_options if available else None,
+            costs=self._expert_costs(),
+            bytes_per_s=None if speed is None else speed * 1e9,
         )
 
     def _link(self, quant: QuantSpec) -> Link:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jmoe.errors import ConfigError, RequestError
 from jmoe.native.choice import DEFAULT_ACTIVATION_BITS, HostKernels
-from jmoe.planning.policy import EngineChoice, Mode, Policy, read_request
+from jmoe.planning.policy import EngineChoice, Misses, Mode, Policy, read_request
 from jmoe.quant.solver import Method, check_method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.residency.timeline import Timeline
@@ -36,12 +36,14 @@ class LoadOptions:
     policy: str | Policy = "auto"
     engine: EngineChoice | None = None
     tokens_per_call: int | None = None
+    misses: Misses | None = None
     device_memory_gib: float | None = None
     context: int | None = None
     record_routing: bool = False
     timeline: Timeline | None = None
     link_gb_per_s: float | None = None
     link_latency_us: float = 0.0
+    host_gb_per_s: float | None = None
     check_memory: bool = True  # refuse what this machine's memory does not hold
 
     def __post_init__(self):
@@ -67,6 +69,7 @@ class LoadOptions:
                 got=f"the engine {self._chosen_engine}, and {self.link_gb_per_s} GB/s",
                 do="leave one of them out",
             )
+        _require_positive(self.host_gb_per_s, "the speed of the host, in GB/s,")
         _require_positive(self.context, "the number of positions to plan for")
         if self.num_layers is not None and not self.random_weights:
             raise RequestError(
@@ -90,7 +93,7 @@ class LoadOptions:
     def requested_policy(self) -> Mode | Literal["auto"] | Policy:
         """What ``policy`` says: a mode, or the policy in a file, with what else is asked for."""
         requested = read_request(self.policy) if isinstance(self.policy, str) else self.policy
-        if self.engine is None and self.tokens_per_call is None:
+        if self.engine is None and self.tokens_per_call is None and self.misses is None:
             return requested
         if requested == "auto":  # the plan decides
             _ = self.with_engine(Policy(mode="offload"))  # which raises
@@ -101,11 +104,15 @@ class LoadOptions:
 
     def with_engine(self, policy: Policy) -> Policy:
         """A policy with the engine that is asked for (ConfigError, RequestError)."""
-        asked = {"engine": self.engine, "tokens_per_call": self.tokens_per_call}
+        asked = {
+            "engine": self.engine,
+            "tokens_per_call": self.tokens_per_call,
+            "misses": self.misses,
+        }
         asked = {name: value for name, value in asked.items() if value is not None}
         if asked and policy.mode != "offload":
             raise RequestError(
-                "an engine is chosen for the policy offload",
+                "that is chosen for the policy offload",
                 got=f"{', '.join(f'{name} {value}' for name, value in asked.items())} and the "
                 f"policy {policy.mode}",
                 do="leave it out, or change the policy",

@@ -24,6 +24,9 @@ WORKSPACE_SHARE = 1 / 4
 # Layers for which experts are predicted, by what becomes of missing ones. The host computes while
 # an expert is copied: what comes too late for the next layer may come in time for a later one.
 LOOKAHEAD = {"load": 1, "split": 3, "host": 0}
+# Copies that nobody waits for replace what is used least often, not what was used least recently:
+# docs/measurements/hybrid.md.
+EVICTION = {"load": "lru", "split": "lfu", "host": "lfu"}
 
 
 class Item(NamedTuple):
@@ -136,6 +139,7 @@ class Offloading:
             policy,
             slots=chosen["slots"] if policy.slots is None else policy.slots,
             num_staging=policy.num_staging or chosen["num_staging"],
+            eviction=policy.eviction or EVICTION[policy.misses],
             lookahead=self._lookahead,
             fetch=self._fetch,
             prefill_chunk=policy.prefill_chunk or chosen["prefill_chunk"],

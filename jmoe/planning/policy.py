@@ -48,7 +48,8 @@ class Policy:
         is as many as fit, spread evenly.
       num_staging: places that all layers share, for experts that arrive early and for those that
         their layer has no slot for; 0 is chosen by the plan.
-      eviction: which expert leaves a full pool, one of ``residency.eviction.EVICTIONS``.
+      eviction: which expert leaves a full pool, one of ``residency.eviction.EVICTIONS``; None is
+        chosen by the plan.
       misses: what becomes of an expert that is needed and not there. "load": it is copied. "split":
         it is copied or computed on the host, so that both end together (``planning.cost``).
         "host": the host computes it, and nothing is copied but what prompts bring.
@@ -69,7 +70,7 @@ class Policy:
     mode: Mode
     slots: tuple[int, ...] | int | None = None
     num_staging: int = 0
-    eviction: str = "lru"
+    eviction: str | None = None
     misses: Misses = "load"
     lookahead: int | None = None
     fetch: int = 0
@@ -93,7 +94,8 @@ class Policy:
             _require(_is_count(value), name, value, "a whole number from 0")
         _require(self.misses in MISSES, "misses", self.misses, f"one of {', '.join(MISSES)}")
         known = f"one of {', '.join(EVICTIONS)}"
-        _require(self.eviction in EVICTIONS, "eviction", self.eviction, known)
+        fits = self.eviction is None or self.eviction in EVICTIONS
+        _require(fits, "eviction", self.eviction, known)
         chunk = self.prefill_chunk
         is_chunk = MIN_CHUNK <= chunk <= MAX_CHUNK and chunk.bit_count() == 1
         expected = f"0, or a power of two from {MIN_CHUNK} to {MAX_CHUNK}"
@@ -122,7 +124,8 @@ class Policy:
                     )
             return
         known = f"{' or '.join(RULES)} for the engine {self.engine}"
-        _require(self.eviction in RULES, "eviction", self.eviction, known)
+        fits = self.eviction is None or self.eviction in RULES
+        _require(fits, "eviction", self.eviction, known)
         expected = "load, for the engine compiled, whose program computes all experts"
         fits = self.misses == "load" or self.engine == "auto"
         _require(fits, "misses", self.misses, expected)

@@ -119,9 +119,8 @@ class SlotCache(Places):
         pool = self._pools[key.layer]
         if pool.free:
             return self._enter(key, ())
-        movable = self._movable(pool, busy)
-        victim = self._eviction.victim(movable) if movable else None
-        if victim is None or not self._eviction.admits(key, victim):
+        victim = self._eviction.victim([*self._movable(pool, busy), key])
+        if victim == key or not self._eviction.admits(key, victim):
             return None
         self._evict(self._entries[victim])
         return self._enter(key, (victim,))

@@ -172,6 +172,14 @@ class DeviceExperts:
                 self._note_peak()
                 return
 
+    def fill(self, layer: int, wanted: Sequence[int]) -> None:
+        """Copies experts into slots that are free, the best first, when the link has time."""
+        for expert in wanted[: self.cache.num_free(layer)]:
+            load = self.cache.keep(ExpertKey(layer, expert))
+            if load is not None and not self._fetcher.prefetch([load.key]):
+                self.cache.forget(load.key)
+        self._note_peak()
+
     def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
         """The arrays of experts that were needed, in this order; waits for them.
 

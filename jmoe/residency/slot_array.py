@@ -13,7 +13,7 @@ from jmoe.errors import TransferError
 from jmoe.quant.layout import ExpertLayout
 from jmoe.residency import array_cache
 from jmoe.residency.array_cache import CacheState, CacheStatic
-from jmoe.residency.experts import DeviceExperts
+from jmoe.residency.experts import DeviceExperts, Outlook
 from jmoe.residency.timeline import Timeline
 from jmoe.store.expert_store import ExpertStore
 
@@ -178,6 +178,15 @@ class PromptExperts:
     @property
     def timeline(self) -> Timeline | None:
         return self._experts.timeline
+
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
+        """See ``DeviceExperts.outlook``."""
+        there = self._slots.layer(layer)
+        outlook = self._experts.outlook(layer, [e for e in experts if e not in there], copy_s)
+        return outlook._replace(here=[e for e in experts if e in there or e in outlook.here])
+
+    def fill(self, layer: int, wanted: Sequence[int]) -> None:
+        """Does nothing: the program fetches what it needs."""
 
     def predict(
         self,

@@ -189,6 +189,7 @@ def test_every_item_by_hand():
         mode="offload",
         slots=plan.policy.slots,
         num_staging=4,
+        eviction="lru",
         lookahead=1,
         fetch=2,
         prefill_chunk=512,

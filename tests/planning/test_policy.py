@@ -56,7 +56,7 @@ def test_what_a_file_leaves_out_is_open(tmp_path: Path):
 def test_a_file_has_a_line_for_each_field(tmp_path: Path):
     Policy(mode="offload", slots=(2,) * 32).write(tmp_path / "policy.json")
     lines = (tmp_path / "policy.json").read_text().splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 14
     assert lines[3] == f' "slots": {[2] * 32},'
 
 
