@@ -350,9 +350,9 @@ def load(
         with a thread that copies experts, which is the default; "compiled", one program that finds
         and fetches experts itself; "auto", the faster of both on the first tokens.
       tokens_per_call: that the engine compiled makes at once; 1 is the default.
-      misses: with the policy offload, what becomes of experts that are needed and not on the device:
-        "load" copies them, which is the default; "host" computes them on the host; "split" does
-        both at once, so that both end together.
+      misses: with the policy offload, what becomes of experts that are needed and not on the
+        device: "load" copies them, which is the default; "host" computes them on the host; "split"
+        does both at once, so that both end together.
       device_memory_gib: device memory to use, for weights, KV cache, workspace and experts. None
         has no end on the CPU backend, and is most of what is free on an accelerator.
       context: positions to plan for, prompt and new tokens; 1,024 if the model has so many. A

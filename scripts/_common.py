@@ -113,15 +113,20 @@ def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
         ("prefill", residency.prefill, stats.prefill_s),
         ("decode", residency.decode, stats.decode_s),
     ):
-        needed = traffic.hits + traffic.demand_loads
-        if not needed:
+        if not traffic.needed:
             continue
         lines.append(
-            f"{name}: {needed} experts needed, {traffic.hit_rate:.0%} there or on their way; "
-            f"{traffic.demand_loads} demand loads; {traffic.prefetches} prefetches, "
+            f"{name}: {traffic.needed} experts needed, {traffic.hit_rate:.0%} there or on their "
+            f"way; {traffic.demand_loads} demand loads; {traffic.prefetches} prefetches, "
             f"{traffic.useful_prefetches} useful; {traffic.copied_bytes / 2**20:,.1f} MiB moved; "
             + _waits(traffic, seconds)
         )
+        if traffic.host_experts:
+            lines.append(
+                f"{name}: {traffic.host_experts} experts computed by the host out of "
+                f"{traffic.host_bytes / 2**20:,.1f} MiB, busy with it "
+                f"{_share(traffic.host_busy_s, seconds)} of the time"
+            )
     recall = ", ".join(
         f"{rates[-1]:.0%} {distance} layer{'s' * (distance > 1)} ahead"
         for distance, rates in enumerate(residency.recall, 1)
@@ -156,10 +161,12 @@ def _bound(stats: "jmoe.GenerationStats") -> str:
     residency = stats.residency
     assert residency is not None
     decode = residency.decode
-    if not stats.decode_s or not decode.copies:
+    if not stats.decode_s or not (decode.copies or decode.host_experts):
         return "bound by computing: nothing was moved while decoding"
     if decode.link_busy_s is None or decode.stalled_s is None:
         return f"engine {residency.engine}: the program fetched experts itself"
+    if decode.host_busy_s >= 0.8 * stats.decode_s:
+        return "bound by the host's computing: more slots or fewer bits would help"
     if decode.link_busy_s >= 0.8 * stats.decode_s:
         return "bound by the link: more slots, fewer bits or a faster link would help"
     if decode.stalled_s >= 0.3 * stats.decode_s:

@@ -81,6 +81,14 @@ TOKENS_PER_CALL = flags.DEFINE_integer(
     "Tokens that the engine compiled makes before the host sees them. Default: 1.",
     lower_bound=1,
 )
+MISSES = flags.DEFINE_enum(
+    "misses",
+    None,
+    ["load", "split", "host"],
+    "With the policy offload, what becomes of experts that are needed and not on the device: load "
+    "(the default) copies them; host computes them on the CPU; split does both at once, so that "
+    "both end together. See docs/hybrid.md.",
+)
 DEVICE_MEMORY_GIB = flags.DEFINE_float(
     "device_memory_gib",
     None,
@@ -100,6 +108,12 @@ LINK_GB_PER_S = flags.DEFINE_float(
 )
 LINK_LATENCY_US = flags.DEFINE_float(
     "link_latency_us", 0.0, "With --link_gb_per_s: what each copy takes besides.", lower_bound=0.0
+)
+HOST_GB_PER_S = flags.DEFINE_float(
+    "host_gb_per_s",
+    None,
+    "Holds the CPU to reading experts at this speed (10^9 bytes per second) when it computes what "
+    "the device does not have, for experiments.",
 )
 
 
@@ -124,10 +138,12 @@ def arguments() -> dict[str, Any]:
         "policy": POLICY.value,
         "engine": ENGINE.value,
         "tokens_per_call": TOKENS_PER_CALL.value,
+        "misses": MISSES.value,
         "device_memory_gib": DEVICE_MEMORY_GIB.value,
         "context": CONTEXT.value,
         "link_gb_per_s": LINK_GB_PER_S.value,
         "link_latency_us": LINK_LATENCY_US.value,
+        "host_gb_per_s": HOST_GB_PER_S.value,
     }
 
 

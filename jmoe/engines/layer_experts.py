@@ -16,7 +16,7 @@ from jmoe.engines.expert_model import ExpertModel, Supply
 from jmoe.engines.host_compute import HostCompute
 from jmoe.engines.layer_programs import Group, Routed
 from jmoe.engines.prediction import Predictor
-from jmoe.engines.splitting import Splitting, Ways
+from jmoe.planning.splitting import Splitting, Ways
 from jmoe.residency.host_experts import HostExperts
 
 Form = Literal["whole", "rest", "host"]

@@ -18,7 +18,6 @@ from jmoe.engines.memory import remedy, smaller_plan
 from jmoe.engines.offload_steps import OffloadSteps
 from jmoe.engines.prediction import Predictor
 from jmoe.engines.prompts import check_prompts
-from jmoe.engines.splitting import Splitter
 from jmoe.engines.steps import BatchShape
 from jmoe.errors import RequestError, TransferError
 from jmoe.generation.options import GenerationOptions
@@ -28,6 +27,7 @@ from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
 from jmoe.planning.policy import Policy
+from jmoe.planning.splitting import Splitter
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.spec import QuantSpec
 from jmoe.residency.array_cache import CacheStatic

@@ -141,8 +141,8 @@ class PromptStream:
             on_host, prefetches = ways.host, bool(ways.coming)
         if on_host:
             assert hybrid is not None
-            host_rows_R, ids_R = programs.prepare_host({e: rows[e] for e in on_host})
-            job = hybrid.host.start(layer, routed.normed_TD, host_rows_R, ids_R)
+            work_on_host = programs.prepare_host({e: rows[e] for e in on_host})
+            job = hybrid.host.start(layer, routed.normed_TD, *work_on_host)
         # Least used first: what is kept is what came last, and so the most recent.
         order = sorted(rows.keys() - set(on_host), key=lambda e: counts_E[e])
         # Before the experts: copies to a GPU come one after another.
@@ -158,7 +158,7 @@ class PromptStream:
             del blob  # or it would outlive its place
         if job is not None:
             assert hybrid is not None
-            y = programs.enter(hybrid.host.wait(job), host_rows_R, y)
+            y = programs.enter(hybrid.host.wait(job), job.rows_R, y)
             if hybrid.splitter.slots_pay:
                 experts.fill(layer, wanted)
         fence()

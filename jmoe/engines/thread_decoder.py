@@ -1,5 +1,6 @@
 """Decode steps as a loop over layers on the host, with a thread that copies experts."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,12 +13,32 @@ from jmoe.engines.expert_model import Supply
 from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.programs import DecodeState
-from jmoe.engines.splitting import OneByHost
 from jmoe.engines.steps import BatchShape, Ending, Sampling
 from jmoe.models.kv_cache import KVCache
+from jmoe.planning.splitting import Held, Ways
 
 if TYPE_CHECKING:
     from jmoe.engines.offload import OffloadEngine
+
+
+class OneByHost:
+    """Has the host compute the first expert of each layer: to run each program once."""
+
+    slots_pay = copies_pay = False
+
+    def split(
+        self,
+        held: Held,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        is_prompt: bool = False,
+    ) -> Ways:
+        return Ways(list(experts[1:]), [], list(experts[:1]))
+
+    def in_time(self, layer: int, num_queued: int) -> bool:
+        return False
 
 
 class ThreadDecoder:

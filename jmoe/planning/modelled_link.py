@@ -28,6 +28,15 @@ class ModelledLink:
         self._asked_at[key] = now
         self._prefetches.append(key)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._asked_at)
+
+    @property
+    def free_at(self) -> float:
+        """When what has begun will have arrived."""
+        return self._free_at
+
     def waits(self, key: ExpertKey) -> bool:
         return key in self._asked_at
 
@@ -42,6 +51,10 @@ class ModelledLink:
         while self._asked_at and self._free_at <= now:
             self._begin()
         return () if self._free_at <= now else (self._current,)
+
+    def comes_at(self, key: ExpertKey) -> float:
+        """When an expert whose copy has begun is here; 0 for what was here at first."""
+        return self._arrival.get(key, 0.0)
 
     def arrival(self, key: ExpertKey) -> float:
         """When an expert that is here or demanded is here; 0 for what was here at first."""

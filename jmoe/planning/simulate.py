@@ -8,15 +8,19 @@ same time for every layer. Not modelled: prompts, batches, the host's own time.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jmoe.errors import RequestError
 from jmoe.planning import predictors
+from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.modelled_link import ModelledLink
+from jmoe.planning.policy import MISSES, Misses
+from jmoe.planning.replay import Replay
+from jmoe.planning.splitting import Splitter
 from jmoe.planning.traces import RoutingTrace
-from jmoe.residency.cache import ExpertKey, Load, NoRoom, SlotCache
+from jmoe.residency.cache import ExpertKey, NoRoom, SlotCache
 from jmoe.residency.eviction import EVICTIONS, Belady, Eviction, StaticPopularity, make_eviction
 
 SIMULATED_EVICTIONS = (*EVICTIONS, "popularity", "belady")
@@ -29,7 +33,8 @@ class SimulationResult:
     num_tokens: int
     num_layers: int
     hits: int  # needed, and here or on their way
-    misses: int
+    misses: int  # needed, and copied then
+    host_experts: int  # needed, and computed on the host
     full_hits: int  # layers of tokens whose experts were all here or on their way
     speculated: int  # loads of predicted experts, before cancellations
     useful: int  # predicted and used
@@ -37,14 +42,15 @@ class SimulationResult:
     copies: int  # that the link made
     seconds: float
     compute_s: float
-    stall_s: float  # waited for copies: seconds less compute_s
+    stall_s: float  # waited for copies, and for the host
     link_s: float  # the link was busy
+    host_s: float  # the host computed experts
     link_bytes: int
     recall: tuple[tuple[float, ...], ...]  # of predictions, by distance and number fetched
 
     @property
     def hit_rate(self) -> float:
-        return _share(self.hits, self.hits + self.misses)
+        return _share(self.hits, self.hits + self.misses + self.host_experts)
 
     @property
     def full_hit_rate(self) -> float:
@@ -62,8 +68,8 @@ class SimulationResult:
 
     @property
     def bound_s(self) -> float:
-        """What the same copies and computations take at least: max(link, compute)."""
-        return max(self.link_s, self.compute_s)
+        """What the same copies and computations take at least: the longest of them."""
+        return max(self.link_s, self.host_s, self.compute_s)
 
     @property
     def bound_share(self) -> float:
@@ -91,6 +97,9 @@ def simulate(
     bytes_per_s: float = math.inf,
     latency_s: float = 0.0,
     layer_s: float = 0.0,
+    misses: Misses = "load",
+    host_s: float = 0.0,
+    device_s: float = 0.0,
     seed: int = 0,
 ) -> SimulationResult:
     """Decodes a trace, one token after another and without clearing the cache between sequences.
@@ -112,7 +121,10 @@ def simulate(
       blob_bytes: of an expert.
       bytes_per_s: of the link.
       latency_s: of each copy.
-      layer_s: of computing a layer.
+      layer_s: of computing a layer, its experts on the device.
+      misses: what becomes of experts that are needed and not there; see ``policy.Policy``.
+      host_s: of computing one expert on the host, unless misses are loaded.
+      device_s: of computing one expert on the device: a part of layer_s.
       seed: for random eviction.
 
     Raises:
@@ -133,6 +145,9 @@ def simulate(
     _require(bytes_per_s > 0, "bytes_per_s", bytes_per_s, "above 0")
     _require(0 <= latency_s < math.inf, "latency_s", latency_s, "at least 0")
     _require(0 <= layer_s < math.inf, "layer_s", layer_s, "at least 0")
+    _require(0 <= host_s < math.inf, "host_s", host_s, "at least 0")
+    _require(0 <= device_s < math.inf, "device_s", device_s, "at least 0")
+    _require(misses in MISSES, "misses", misses, f"one of {', '.join(MISSES)}")
     cache = SlotCache(
         slots,
         num_layers=trace.num_layers,
@@ -153,8 +168,15 @@ def simulate(
     cache.fill(initial)
     predictions = predictors.predict(trace, predictor, ahead, fetch, train)
     link = ModelledLink(latency_s + blob_bytes / bytes_per_s)
+    splitter = None
+    if misses != "load":
+        costs = ExpertCosts(
+            copy_s=link.copy_s, host=lambda tokens: host_s, device=lambda tokens: device_s
+        )
+        splitter = Splitter(costs, misses=misses)
+    replay = Replay(cache, link, layer_s, splitter)
     try:
-        full_hits, seconds, stall_s = _replay(trace, cache, link, predictions, layer_s)
+        replay.run(trace, predictions)
     except NoRoom as error:
         raise RequestError(
             "there are too few places for the experts of one token",
@@ -167,71 +189,20 @@ def simulate(
         num_layers=trace.num_layers,
         hits=counters.hits,
         misses=counters.misses,
-        full_hits=full_hits,
+        full_hits=replay.full_hits,
         speculated=counters.speculated,
         useful=counters.useful,
         useless=counters.useless,
         copies=link.copies,
-        seconds=seconds,
+        host_experts=replay.host_experts,
+        seconds=replay.now,
         compute_s=trace.num_tokens * trace.num_layers * layer_s,
-        stall_s=stall_s,
+        stall_s=replay.stall_s,
+        host_s=replay.host_s,
         link_s=link.copies * link.copy_s,
         link_bytes=link.copies * blob_bytes,
         recall=tuple(tuple(r) for r in predictors.recall(trace, predictions).tolist()),
     )
-
-
-def _replay(
-    trace: RoutingTrace,
-    cache: SlotCache,
-    link: ModelledLink,
-    predictions: np.ndarray,
-    layer_s: float,
-) -> tuple[int, float, float]:
-    """Decodes all tokens; returns full hits, seconds, and seconds stalled."""
-    num_layers, num_distances = trace.num_layers, predictions.shape[2]
-    keys = [[ExpertKey(i, e) for e in range(trace.num_experts)] for i in range(num_layers)]
-    now = stall_s = 0.0
-    full_hits = 0
-    if link.copy_s == 0 and num_distances == 0:  # the same, without arrivals
-        for ids_LK in trace.decode_expert_ids.tolist():
-            for layer, experts in enumerate(ids_LK):
-                full_hits += not cache.use(layer, experts)
-                cache.unpin()
-        link.copies = cache.counters.misses
-        return full_hits, trace.num_tokens * num_layers * layer_s, 0.0
-    for ids_LK, predicted_LNW in zip(trace.decode_expert_ids.tolist(), predictions, strict=True):
-        predicted = predicted_LNW.tolist() if num_distances else ()
-        for layer, experts in enumerate(ids_LK):
-            cache.unpin()
-            needed = [keys[layer][expert] for expert in experts]
-            loads = cache.use(layer, experts, link.advance(now))
-            for key in needed:
-                if link.waits(key):  # predicted, and not begun
-                    link.demand(key, now)
-            for load in loads:
-                _start(link.demand, load, link, now)
-            full_hits += not loads
-            if num_distances:
-                for key in cache.pass_layer(layer):
-                    if link.waits(key):
-                        link.drop(key)
-                        cache.forget(key)
-                busy = link.advance(now)
-                for target in range(layer + 1, min(num_layers, layer + 1 + num_distances)):
-                    for expert in predicted[target][target - layer - 1]:
-                        if expert >= 0 and (load := cache.speculate(keys[target][expert], busy)):
-                            _start(link.prefetch, load, link, now)
-            ready = max(now, *map(link.arrival, needed))
-            stall_s += ready - now
-            now = ready + layer_s
-    return full_hits, now, stall_s
-
-
-def _start(ask: Callable[[ExpertKey, float], None], load: Load, link: ModelledLink, now: float):
-    for key in load.evicted:
-        link.drop(key)
-    ask(load.key, now)
 
 
 def _sizes(slots: Sequence[int] | int, num_layers: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Experts that the host computes give what the device gives, up to rounding; a record repeats it."""
+"""What the host computes is what the device computes, up to rounding; a record repeats it."""
 
 import functools
 

@@ -1,7 +1,10 @@
-"""Which of a layer's missing experts the host computes, decided while a model runs."""
+"""Which of a layer's missing experts the host computes, decided while a model runs.
+
+Engines and the simulator ask the same object; only their clocks differ.
+"""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from jmoe.planning.cost import Absent, ExpertCosts, split
@@ -66,15 +69,18 @@ class Splitter:
         self,
         costs: ExpertCosts,
         misses: Misses = "split",
+        clock: Callable[[], float] = time.perf_counter,
     ):
         """Args:
         costs: of an expert.
         misses: what becomes of missing experts; see ``Policy``.
+        clock: what time it is, in seconds.
         """
         self.costs = costs
         self.record: list[tuple[int, ...]] = []
         self.misses: Misses = misses
         self._replay: Iterator[Sequence[int]] | None = None
+        self.clock = clock
         self._layer_s = 0.0
         self._last_s: float | None = None
         self._layer = 0
@@ -124,7 +130,7 @@ class Splitter:
         computed by then, and the link has better things to do.
         """
         if self.misses == "load":
-            return True
+            return layer == self._layer + 1
         if not self.copies_pay:
             return False
         arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
@@ -161,28 +167,8 @@ class Splitter:
         return Ways(here, list(result.device), list(result.host))
 
     def _take_time(self, layer: int) -> None:
-        now_s = time.perf_counter()
+        now_s = self.clock()
         if self._last_s is not None and layer == self._layer + 1:
             seconds = now_s - self._last_s
             self._layer_s += (_SMOOTHING if self._layer_s else 1.0) * (seconds - self._layer_s)
         self._last_s, self._layer = now_s, layer
-
-
-class OneByHost:
-    """Has the host compute the first expert of each layer: to run each program once."""
-
-    slots_pay = copies_pay = False
-
-    def split(
-        self,
-        held: Held,
-        layer: int,
-        experts: Sequence[int],
-        tokens: Sequence[int],
-        *,
-        is_prompt: bool = False,
-    ) -> Ways:
-        return Ways(list(experts[1:]), [], list(experts[:1]))
-
-    def in_time(self, layer: int, num_queued: int) -> bool:
-        return False

@@ -1,0 +1,155 @@
+"""Decodes a recorded run with the live cache beside a modelled link and host; see simulate.py."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jmoe.planning.modelled_link import ModelledLink
+from jmoe.planning.splitting import Splitter, Ways
+from jmoe.planning.traces import RoutingTrace
+from jmoe.residency.cache import ExpertKey, Load, SlotCache
+from jmoe.residency.experts import Outlook
+
+
+@dataclasses.dataclass
+class Replay:
+    """What happens, and when.
+
+    Attributes:
+      now: seconds since the start.
+      stall_s: of which the device waited for copies and for the host.
+      host_s: seconds that the host computed.
+      host_experts: that it computed.
+      full_hits: layers of tokens whose experts were all here or on their way.
+    """
+
+    cache: SlotCache
+    link: ModelledLink
+    layer_s: float
+    splitter: Splitter | None
+    now: float = 0.0
+    stall_s: float = 0.0
+    host_s: float = 0.0
+    host_experts: int = 0
+    full_hits: int = 0
+
+    def __post_init__(self):
+        num_experts = self.cache.num_experts
+        layers = range(self.cache.num_layers)
+        self._keys = [[ExpertKey(i, e) for e in range(num_experts)] for i in layers]
+        if self.splitter is not None:
+            self.splitter.clock = lambda: self.now
+
+    def run(self, trace: RoutingTrace, predictions: np.ndarray) -> None:
+        """Decodes all tokens."""
+        num_distances = predictions.shape[2]
+        if self.link.copy_s == 0 and num_distances == 0 and self.splitter is None:
+            self._run_untimed(trace)
+            return
+        for ids_LK, predicted_LNW in zip(
+            trace.decode_expert_ids.tolist(), predictions, strict=True
+        ):
+            predicted = predicted_LNW.tolist() if num_distances else ()
+            for layer, experts in enumerate(ids_LK):
+                self._run_layer(layer, experts, predicted, num_distances)
+
+    def _run_untimed(self, trace: RoutingTrace) -> None:
+        """The same where copies take no time, without arrivals."""
+        cache = self.cache
+        for ids_LK in trace.decode_expert_ids.tolist():
+            for layer, experts in enumerate(ids_LK):
+                self.full_hits += not cache.use(layer, experts)
+                cache.unpin()
+        self.link.copies = cache.counters.misses
+        self.now = trace.num_tokens * trace.num_layers * self.layer_s
+
+    def _run_layer(
+        self, layer: int, experts: Sequence[int], predicted: Sequence, num_distances: int
+    ) -> None:
+        cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
+        cache.unpin()
+        busy = link.advance(now)
+        ways, on_host = Ways([], [], []), []
+        if splitter is not None:
+            ways = splitter.split(self, layer, experts, [1] * len(experts))
+            self._call_off(layer, ways)
+            on_host, experts = ways.host, [*ways.here, *ways.coming]
+        needed = [self._keys[layer][expert] for expert in experts]
+        loads = cache.use(layer, experts, busy, on_host)
+        for key in needed:
+            if link.waits(key):  # predicted, and not begun
+                link.demand(key, now)
+        for load in loads:
+            self._start(link.demand, load)
+        self.full_hits += not loads and not on_host
+        if num_distances:
+            self._predict(layer, predicted, num_distances)
+        if splitter is not None and on_host and splitter.copies_pay:
+            self._keep(layer, on_host)
+        ready = max([now, *map(link.arrival, needed)])
+        layer_s = self.layer_s
+        if splitter is not None and on_host:
+            costs = splitter.costs
+            host_s = len(on_host) * costs.host(1) + costs.hand_over_s
+            # What the device has it computes meanwhile, unless that is the same processor.
+            spared_s = len(on_host) * costs.device(1)
+            layer_s = max(0.0, layer_s - spared_s)
+            here_s = 0.0 if costs.shares_cores else len(ways.here) * costs.device(1)
+            layer_s -= min(here_s, layer_s, max(ready - now, host_s))
+            ready = max(ready, now + host_s)
+            self.host_s += host_s
+            self.host_experts += len(on_host)
+        self.stall_s += ready - now
+        self.now = ready + layer_s
+
+    def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
+        """See ``residency.experts.DeviceExperts.outlook``."""
+        here, coming = [], {}
+        for expert in experts:
+            key = self._keys[layer][expert]
+            if key not in self.cache or self.link.waits(key):
+                continue
+            if (arrives := self.link.comes_at(key)) <= self.now:
+                here.append(expert)
+            else:
+                coming[expert] = arrives - self.now
+        return Outlook(here, coming, max(0.0, self.link.free_at - self.now))
+
+    def _call_off(self, layer: int, ways: Ways) -> None:
+        for expert in ways.host:
+            self._drop_waiting(self._keys[layer][expert])
+
+    def _drop_waiting(self, key: ExpertKey) -> None:
+        if self.link.waits(key):
+            self.link.drop(key)
+            self.cache.forget(key)
+
+    def _predict(self, layer: int, predicted: Sequence, num_distances: int) -> None:
+        cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
+        for key in cache.pass_layer(layer):
+            self._drop_waiting(key)
+        busy = link.advance(now)
+        for target in range(layer + 1, min(cache.num_layers, layer + 1 + num_distances)):
+            for expert in predicted[target][target - layer - 1]:
+                if expert < 0:
+                    continue
+                key = self._keys[target][expert]
+                is_late = splitter is not None and not splitter.in_time(target, link.num_waiting)
+                if is_late and key not in cache:
+                    continue
+                if load := cache.speculate(key, busy):
+                    self._start(link.prefetch, load)
+
+    def _keep(self, layer: int, experts: Sequence[int]) -> None:
+        if self.link.num_waiting or self.link.free_at > self.now:
+            return
+        for expert in experts:
+            if load := self.cache.keep(self._keys[layer][expert]):
+                self._start(self.link.prefetch, load)
+                return
+
+    def _start(self, ask: Callable[[ExpertKey, float], None], load: Load) -> None:
+        for key in load.evicted:
+            self.link.drop(key)
+        ask(load.key, self.now)
