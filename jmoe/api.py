@@ -21,7 +21,7 @@ from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models.decoder import abstract_parameters
 from jmoe.planning import sizes
 from jmoe.planning.plan import Plan
-from jmoe.planning.policy import EngineChoice, Misses, Policy
+from jmoe.planning.policy import EngineChoice, MissesChoice, Policy
 from jmoe.planning.traces import RoutingTrace
 from jmoe.quant.solver import Method
 from jmoe.quant.spec import QuantSpec
@@ -307,7 +307,7 @@ def load(
     policy: str | Policy = "auto",
     engine: EngineChoice | None = None,
     tokens_per_call: int | None = None,
-    misses: Misses | None = None,
+    misses: MissesChoice | None = None,
     device_memory_gib: float | None = None,
     context: int | None = None,
     record_routing: bool = False,
@@ -352,7 +352,7 @@ def load(
       tokens_per_call: that the engine compiled makes at once; 1 is the default.
       misses: with the policy offload, what becomes of experts that are needed and not on the
         device: "load" copies them, which is the default; "host" computes them on the host; "split"
-        does both at once, so that both end together.
+        does both at once, so that both end together; "auto" tries which is the fastest.
       device_memory_gib: device memory to use, for weights, KV cache, workspace and experts. None
         has no end on the CPU backend, and is most of what is free on an accelerator.
       context: positions to plan for, prompt and new tokens; 1,024 if the model has so many. A

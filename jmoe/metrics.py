@@ -81,7 +81,9 @@ class ResidencyStats:
 
     Attributes:
       engine: "thread" or "compiled": what ran the last decode step.
-      engine_reason: why, if both were tried: the times of both; else None.
+      way: "thread" if missing experts were loaded, "split" or "host" if the host computed some of
+        them or all, or "compiled".
+      engine_reason: why, if several ways were tried: the times of all; else None.
       prefill: what happened while prompts were read.
       decode: what happened in decode steps.
       decode_by_layer: the same, of those that the compiled engine ran; else empty.
@@ -96,6 +98,7 @@ class ResidencyStats:
     """
 
     engine: str
+    way: str
     engine_reason: str | None
     prefill: Traffic
     decode: Traffic

@@ -84,10 +84,10 @@ TOKENS_PER_CALL = flags.DEFINE_integer(
 MISSES = flags.DEFINE_enum(
     "misses",
     None,
-    ["load", "split", "host"],
+    ["auto", "load", "split", "host"],
     "With the policy offload, what becomes of experts that are needed and not on the device: load "
     "(the default) copies them; host computes them on the CPU; split does both at once, so that "
-    "both end together. See docs/hybrid.md.",
+    "both end together; auto, what is the fastest on the first tokens. See docs/hybrid.md.",
 )
 DEVICE_MEMORY_GIB = flags.DEFINE_float(
     "device_memory_gib",

@@ -1,32 +1,57 @@
-"""Which of two engines is faster, from the times of a batch's first tokens."""
+"""Which way of taking decode steps is the fastest, from the times of a batch's first tokens."""
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+# How decode steps are taken. By the host, layer by layer: "thread" loads all missing experts,
+# "split" has the host compute some of them, "host" all. Or by one program, "compiled".
+Way = Literal["thread", "split", "host", "compiled"]
 EngineName = Literal["thread", "compiled"]
 
-# Of each engine: tokens after which caches and clocks have settled, and tokens that count.
+# Of each way: tokens after which caches and clocks have settled, and tokens that count.
 NUM_SETTLING = 4
 NUM_COUNTING = 12
 
 
+def engine_of(way: Way) -> EngineName:
+    return "compiled" if way == "compiled" else "thread"
+
+
 class Contest:
-    """Has each engine make some tokens, one after the other, and names the faster one.
+    """Has each way make some tokens, one after the other, and names the fastest one.
 
     Attributes:
-      running: the engine whose turn it is, and at the end the winner.
+      ways: that take part, in their order.
+      running: the one whose turn it is, and at the end the winner.
       is_over: whether the winner is known.
+      predicted_s: seconds a token was to take, of those ways that somebody predicted.
     """
 
-    def __init__(self, tokens_per_call: int):
-        """Takes how many tokens the compiled engine makes at once."""
-        self.running: EngineName = "thread"
-        self.is_over = False
-        self._tokens_per_call = {"thread": 1, "compiled": tokens_per_call}
-        self._seconds: dict[str, list[float]] = {"thread": [], "compiled": []}
+    def __init__(self, tokens_per_call: int, ways: Sequence[Way] = ("thread", "compiled")):
+        """Takes how many tokens the compiled engine makes at once, and distinct ways."""
+        assert len(ways) == len(set(ways)) >= 1
+        self.ways: tuple[Way, ...] = tuple(ways)
+        self.running: Way = ways[0]
+        self.is_over = len(ways) == 1
+        self.predicted_s: Mapping[Way, float] = {}
+        self._tokens_per_call = {way: tokens_per_call if way == "compiled" else 1 for way in ways}
+        self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
+
+    def drop(self, way: Way) -> None:
+        """Takes a way out that is not possible here."""
+        was_running, index = self.running == way, self.ways.index(way)
+        self.ways = tuple(other for other in self.ways if other != way)
+        assert self.ways
+        if len(self.ways) == 1:
+            self.running, self.is_over = self.ways[0], True
+        elif index == len(self.ways):
+            self._finish()
+        elif was_running:
+            self.running = self.ways[index]
 
     def note(self, seconds: float) -> None:
-        """Enters how long a token took, of the engine that is running."""
+        """Enters how long a token took, of the way that is running."""
         assert not self.is_over
         times = self._seconds[self.running]
         times.append(seconds)
@@ -34,27 +59,31 @@ class Contest:
         settling = _whole_calls(NUM_SETTLING, per_call)
         if len(times) < settling + _whole_calls(NUM_COUNTING, per_call):
             return
-        if self.running == "thread":
-            self.running = "compiled"
+        if self.running != self.ways[-1]:
+            self.running = self.ways[self.ways.index(self.running) + 1]
             return
-        self.is_over = True
-        if self.token_s("thread") <= self.token_s("compiled"):
-            self.running = "thread"
+        self._finish()
 
-    def token_s(self, engine: EngineName) -> float:
+    def _finish(self) -> None:
+        self.is_over = True
+        self.running = min(self.ways, key=self.token_s)  # of equal ones the first
+
+    def token_s(self, way: Way) -> float:
         """Seconds a token takes: the median over calls, without those at first."""
-        per_call = self._tokens_per_call[engine]
-        times = self._seconds[engine][_whole_calls(NUM_SETTLING, per_call) :]
+        per_call = self._tokens_per_call[way]
+        times = self._seconds[way][_whole_calls(NUM_SETTLING, per_call) :]
         calls = [times[i : i + per_call] for i in range(0, len(times), per_call)]
         return statistics.median(map(statistics.fmean, calls))
 
     def __str__(self) -> str:
-        winner: EngineName = self.running
-        loser: EngineName = "compiled" if winner == "thread" else "thread"
-        return (
-            f"engine {winner}: {self.token_s(winner) * 1e3:.2f} ms a token, "
-            f"{loser} {self.token_s(loser) * 1e3:.2f} ms"
-        )
+        first, *rest = map(self._describe, sorted(self.ways, key=self.token_s))
+        return ", ".join([f"engine {first.replace(' ms', ' ms a token', 1)}", *rest])
+
+    def _describe(self, way: Way) -> str:
+        colon = ":" if way == self.running else ""
+        predicted = self.predicted_s.get(way)
+        beside = "" if predicted is None else f" (predicted {predicted * 1e3:.2f})"
+        return f"{way}{colon} {self.token_s(way) * 1e3:.2f} ms{beside}"
 
 
 def _whole_calls(num_tokens: int, per_call: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.engines import offload_scoring
 from jmoe.engines.batch import BatchRun
-from jmoe.engines.contest import Contest, EngineName
+from jmoe.engines.contest import Contest, Way
 from jmoe.engines.expert_model import ExpertModel
 from jmoe.engines.host_compute import HostCompute
 from jmoe.engines.layer_experts import Hybrid
@@ -26,7 +26,7 @@ from jmoe.planning.chunks import longest_chunk
 from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
-from jmoe.planning.policy import Policy
+from jmoe.planning.policy import Misses, Policy
 from jmoe.planning.splitting import Splitter
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.spec import QuantSpec
@@ -89,6 +89,7 @@ class OffloadEngine(ExpertModel):
       recorder: told which experts are chosen; None does not record.
       predictor: of experts; None takes what the routers say.
       hybrid: computes experts on the host; None if the policy is to load them.
+      splitter: says which, for hybrid.
     """
 
     def __init__(
@@ -154,9 +155,12 @@ class OffloadEngine(ExpertModel):
         if policy.engine == "compiled":
             self.places.move_into_slots()
         self.hybrid: Hybrid | None = None
+        self.splitter: Splitter | None = None
         if policy.misses != "load":
             assert host_experts is not None
-            self.hybrid = self._make_hybrid(host_experts, timeline)
+            first, *_ = policy.possible_misses
+            self.splitter = Splitter(host_experts.costs, misses=first)
+            self.hybrid = self._make_hybrid(host_experts, self.splitter, timeline)
 
     @property
     def slots(self) -> SlotArray | None:
@@ -196,10 +200,13 @@ class OffloadEngine(ExpertModel):
         if self._replan is not None:
             planned = self._plans.get(shape)
             self._adopt(planned[0] if planned else self._replan(*self._sizes(shape)))
-        if self.plan.policy.engine == "auto" and self.places.static is not None:
+        policy = self.plan.policy
+        if len(ways := self._ways(policy)) > 1:
             contest = self._contests.setdefault(
-                shape.batch_size, Contest(self.plan.policy.tokens_per_call)
+                shape.batch_size, Contest(policy.tokens_per_call, ways)
             )
+            if "compiled" in contest.ways and self.places.static is None:
+                contest.drop("compiled")
             self.decode_by(contest.running)
 
     def remedy(self, shape: BatchShape) -> str:
@@ -242,21 +249,35 @@ class OffloadEngine(ExpertModel):
             self._plans[shape] = plan, workspace_bytes
             self._adopt(plan)
 
-    def decode_by(self, engine: EngineName) -> None:
+    def decode_by(self, way: Way) -> None:
         """Says how the next decode steps are taken; experts on the device move if that changes."""
-        if engine == "compiled":
+        if way == "compiled":
             self.places.move_into_slots()
-        else:
-            self.places.move_into_arrays()
+            return
+        self.places.move_into_arrays()
+        if self.splitter is not None:
+            self.splitter.misses = _MISSES[way]
 
     def engine_reason(self, batch_size: int) -> str | None:
         """Which engine such batches decode by, and the times of both, once they are known."""
         contest = self._contests.get(batch_size)
-        return str(contest) if contest is not None and contest.is_over else None
+        is_over = contest is not None and contest.is_over and len(contest.ways) > 1
+        return str(contest) if is_over else None
 
     @property
-    def decodes_by(self) -> EngineName:
-        return "compiled" if self.places.in_slots else "thread"
+    def decodes_by(self) -> Way:
+        """How decode steps are taken now."""
+        if self.places.in_slots:
+            return "compiled"
+        return "thread" if self.splitter is None else _WAYS[self.splitter.misses]
+
+    def _ways(self, policy: Policy) -> tuple[Way, ...]:
+        """In which a policy lets decode steps be taken."""
+        missing: list[Way] = [_WAYS[misses] for misses in policy.possible_misses]
+        if policy.engine == "thread":
+            return tuple(missing)
+        by_program: list[Way] = ["compiled"]
+        return tuple(by_program if policy.engine == "compiled" else [*missing, *by_program])
 
     def _min_free(self, policy: Policy) -> int:
         """Places of staging that a layer needs for experts that it has no slots for."""
@@ -287,20 +308,20 @@ class OffloadEngine(ExpertModel):
             self.notes.append(f"engine thread, not compiled: {error.what} ({error.got})")
             return ()
 
-    def _make_hybrid(self, side: HostSide, timeline: Timeline | None) -> Hybrid:
+    def _make_hybrid(self, side: HostSide, splitter: Splitter, timeline: Timeline | None) -> Hybrid:
         compute = HostCompute(self.config, self.dtype, self.layout, self.store, side.kernels)
         throttled = compute
         if side.bytes_per_s is not None:
             throttled = ThrottledCompute(compute, self.layout.num_bytes, side.bytes_per_s)
         host = HostExperts(throttled, self.layout.num_bytes, timeline)
-        return Hybrid(Splitter(side.costs, misses=self.plan.policy.misses), host, compute)
+        return Hybrid(splitter, host, compute)
 
     def _make_slots(self, static: CacheStatic) -> SlotArray:
         return SlotArray(static, self.layout, self.device, self.host_blobs)
 
     def steps(self, shape: BatchShape) -> OffloadSteps:
         contest = self._contests.get(shape.batch_size)
-        if contest is not None and (contest.is_over or self.places.static is None):
+        if contest is not None and contest.is_over:
             contest = None
         self._run = OffloadSteps(self, shape, self.recorder, self.predictor, contest)
         return self._run
@@ -336,6 +357,10 @@ class OffloadEngine(ExpertModel):
             self.hybrid.compute.close()
         self.places.close()
         self.store.close()
+
+
+_MISSES: dict[Way, Misses] = {"thread": "load", "split": "split", "host": "host"}
+_WAYS: dict[Misses, Way] = {misses: way for way, misses in _MISSES.items()}
 
 
 def _store(model: ExpertModel, as_arrays: bool) -> ExpertStore:

@@ -12,7 +12,7 @@ import numpy as np
 from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.compiled_decoder import CompiledDecoder
-from jmoe.engines.contest import Contest
+from jmoe.engines.contest import Contest, EngineName, engine_of
 from jmoe.engines.prediction import Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
@@ -53,10 +53,11 @@ class OffloadSteps:
         self._recorder = recorder
         self._contest = contest
         self._predictor = predictor
-        self._decoders: dict[str, Decoder] = {}
-        if contest is not None or model.decodes_by == "thread":
+        self._decoders: dict[EngineName, Decoder] = {}
+        engines = {engine_of(way) for way in (model.decodes_by, *(contest.ways if contest else ()))}
+        if "thread" in engines:
             self._decoders["thread"] = ThreadDecoder(model, shape, predictor)
-        if contest is not None or model.decodes_by == "compiled":
+        if "compiled" in engines:
             num_tokens = model.plan.policy.tokens_per_call
             self._decoders["compiled"] = CompiledDecoder(model, shape, num_tokens)
         self.runs_ahead = contest is None and self._decoder.runs_ahead
@@ -76,7 +77,7 @@ class OffloadSteps:
 
     @property
     def _decoder(self) -> Decoder:
-        return self._decoders[self._model.decodes_by]
+        return self._decoders[engine_of(self._model.decodes_by)]
 
     def prepare(
         self, lengths_B: jax.Array, active_B: jax.Array, sampling: Sampling, ending: Ending
@@ -103,9 +104,12 @@ class OffloadSteps:
             self._fit()
         if model.places.static is None and "compiled" in self._decoders:
             # What the programs leave is too little for one: it goes by the thread engine.
-            self._contest = None
-            self._decoders = {"thread": ThreadDecoder(model, shape, self._predictor)}
-            self._decoders["thread"].compile(*arguments)
+            if self._contest is not None:
+                self._contest.drop("compiled")
+            if "thread" not in self._decoders:
+                self._decoders["thread"] = ThreadDecoder(model, shape, self._predictor)
+                self._decoders["thread"].compile(*arguments)
+            del self._decoders["compiled"]
         if model.programs.num_compiled > before:
             self._warm_up(active_B)
 
@@ -267,7 +271,8 @@ class OffloadSteps:
         self._decode += self._count()
         policy = model.plan.policy
         return ResidencyStats(
-            engine=model.decodes_by,
+            engine=engine_of(model.decodes_by),
+            way=model.decodes_by,
             engine_reason=model.engine_reason(self._shape.batch_size),
             prefill=self._prefill,
             decode=self._decode,

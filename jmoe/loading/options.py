@@ -5,7 +5,7 @@ from typing import Literal
 
 from jmoe.errors import ConfigError, RequestError
 from jmoe.native.choice import DEFAULT_ACTIVATION_BITS, HostKernels
-from jmoe.planning.policy import EngineChoice, Misses, Mode, Policy, read_request
+from jmoe.planning.policy import EngineChoice, MissesChoice, Mode, Policy, read_request
 from jmoe.quant.solver import Method, check_method
 from jmoe.quant.spec import QuantSpec, parse_spec
 from jmoe.residency.timeline import Timeline
@@ -36,7 +36,7 @@ class LoadOptions:
     policy: str | Policy = "auto"
     engine: EngineChoice | None = None
     tokens_per_call: int | None = None
-    misses: Misses | None = None
+    misses: MissesChoice | None = None
     device_memory_gib: float | None = None
     context: int | None = None
     record_routing: bool = False

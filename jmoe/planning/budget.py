@@ -23,10 +23,10 @@ from jmoe.residency.experts import MAX_IN_FLIGHT
 WORKSPACE_SHARE = 1 / 4
 # Layers for which experts are predicted, by what becomes of missing ones. The host computes while
 # an expert is copied: what comes too late for the next layer may come in time for a later one.
-LOOKAHEAD = {"load": 1, "split": 3, "host": 0}
+LOOKAHEAD = {"load": 1, "split": 3, "host": 0, "auto": 3}
 # Copies that nobody waits for replace what is used least often, not what was used least recently:
 # docs/measurements/hybrid.md.
-EVICTION = {"load": "lru", "split": "lfu", "host": "lfu"}
+EVICTION = {"load": "lru", "split": "lfu", "host": "lfu", "auto": "lfu"}
 
 
 class Item(NamedTuple):

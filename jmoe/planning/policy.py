@@ -26,6 +26,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # What becomes of experts that are needed and not on the device.
 Misses = Literal["load", "split", "host"]
 MISSES: tuple[Misses, ...] = get_args(Misses)
+MissesChoice = Literal["auto", "load", "split", "host"]
 
 # How decode steps are taken.
 EngineChoice = Literal["auto", "thread", "compiled"]
@@ -52,7 +53,8 @@ class Policy:
         chosen by the plan.
       misses: what becomes of an expert that is needed and not there. "load": it is copied. "split":
         it is copied or computed on the host, so that both end together (``planning.cost``).
-        "host": the host computes it, and nothing is copied but what prompts bring.
+        "host": the host computes it, and nothing is copied but what prompts bring. "auto": what
+        turns out to be the fastest.
       lookahead: for how many layers ahead experts are prefetched; 0 is none, None is chosen by the
         plan.
       fetch: experts to prefetch per token and layer; 0 is the model's top_k.
@@ -71,7 +73,7 @@ class Policy:
     slots: tuple[int, ...] | int | None = None
     num_staging: int = 0
     eviction: str | None = None
-    misses: Misses = "load"
+    misses: MissesChoice = "load"
     lookahead: int | None = None
     fetch: int = 0
     prefill_chunk: int = 0
@@ -92,7 +94,8 @@ class Policy:
             if name == "lookahead" and value is None:
                 continue
             _require(_is_count(value), name, value, "a whole number from 0")
-        _require(self.misses in MISSES, "misses", self.misses, f"one of {', '.join(MISSES)}")
+        known = get_args(MissesChoice)
+        _require(self.misses in known, "misses", self.misses, f"one of {', '.join(known)}")
         known = f"one of {', '.join(EVICTIONS)}"
         fits = self.eviction is None or self.eviction in EVICTIONS
         _require(fits, "eviction", self.eviction, known)
@@ -131,6 +134,11 @@ class Policy:
         _require(fits, "misses", self.misses, expected)
         expected = f"slots by layer, not one pool, for the engine {self.engine}"
         _require(not isinstance(self.slots, int), "slots", self.slots, expected)
+
+    @property
+    def possible_misses(self) -> tuple[Misses, ...]:
+        """What may become of missing experts, the first thing to try first."""
+        return ("split", "host", "load") if self.misses == "auto" else (self.misses,)
 
     @property
     def num_slots(self) -> int:

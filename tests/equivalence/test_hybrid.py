@@ -71,13 +71,13 @@ def test_a_record_of_decisions_repeats_every_bit(name):
     )
     engine = make()
     expected = engine.decode_logits(tokens)
-    record = list(engine.hybrid.splitter.record)
+    record = list(engine.splitter.record)
     engine.close()
     assert any(record) and not all(record)
     # With another cache, which holds other experts at other times.
     for slots in (model.all_slots, (0,) * model.num_layers):
         engine = model.engine(slots, misses="split", prefill_chunk=CHUNK)
-        engine.hybrid.splitter.replay(record)
+        engine.splitter.replay(record)
         np.testing.assert_array_equal(engine.decode_logits(tokens), expected)
         engine.close()
 
