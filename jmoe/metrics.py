@@ -87,6 +87,7 @@ class ResidencyStats:
       prefill: what happened while prompts were read.
       decode: what happened in decode steps.
       decode_by_layer: the same, of those that the compiled engine ran; else empty.
+      predicted_step_s: seconds that a decode step was to take by the cost model, if it knew.
       recall: share of the experts that a layer chose among those predicted for it, by how many
         layers before, and by how many predictions per token: recall[distance - 1][number - 1].
       num_slots: places of experts that are kept, over all layers.
@@ -103,6 +104,7 @@ class ResidencyStats:
     prefill: Traffic
     decode: Traffic
     decode_by_layer: tuple[LayerTraffic, ...]
+    predicted_step_s: float | None
     recall: tuple[tuple[float, ...], ...]
     num_slots: int
     num_staging: int

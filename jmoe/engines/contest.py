@@ -12,6 +12,9 @@ EngineName = Literal["thread", "compiled"]
 # Of each way: tokens after which caches and clocks have settled, and tokens that count.
 NUM_SETTLING = 4
 NUM_COUNTING = 12
+# At most so many ways are tried, and none that is predicted to be slower than the best by more.
+MAX_WAYS = 3
+HOPELESS = 3.0
 
 
 def engine_of(way: Way) -> EngineName:
@@ -37,6 +40,19 @@ class Contest:
         self.predicted_s: Mapping[Way, float] = {}
         self._tokens_per_call = {way: tokens_per_call if way == "compiled" else 1 for way in ways}
         self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
+
+    def predict(self, token_s: Mapping[Way, float]) -> None:
+        """Says how long a token will take: the best ways begin, and hopeless ones do not.
+
+        Nothing but the predictions changes when the contest has begun.
+        """
+        self.predicted_s = token_s
+        if any(self._seconds.values()) or not all(way in token_s for way in self.ways):
+            return
+        ways = sorted(self.ways, key=token_s.__getitem__)
+        limit_s = HOPELESS * token_s[ways[0]]
+        self.ways = tuple(way for way in ways[:MAX_WAYS] if token_s[way] <= limit_s)
+        self.running, self.is_over = ways[0], len(self.ways) == 1
 
     def drop(self, way: Way) -> None:
         """Takes a way out that is not possible here."""

@@ -70,11 +70,13 @@ class HostSide(NamedTuple):
     Attributes:
       kernels: to compute with; None leaves it to XLA.
       costs: of experts on both sides.
+      loop_s: what the host adds to each layer by going through them in a loop.
       bytes_per_s: holds the host to reading experts at this speed; None does not.
     """
 
     kernels: HostKernels | None
     costs: ExpertCosts
+    loop_s: float = 0.0
     bytes_per_s: float | None = None
 
 
@@ -88,6 +90,8 @@ class OffloadEngine(ExpertModel):
       notes: what was decided while it was made, a sentence each.
       recorder: told which experts are chosen; None does not record.
       predictor: of experts; None takes what the routers say.
+      host_side: how the host computes experts, if that is known.
+      step_s: by sequences at once the seconds of a decode step whose experts are all on the device.
       hybrid: computes experts on the host; None if the policy is to load them.
       splitter: says which, for hybrid.
     """
@@ -154,6 +158,8 @@ class OffloadEngine(ExpertModel):
         )
         if policy.engine == "compiled":
             self.places.move_into_slots()
+        self.host_side = host_experts
+        self.step_s: dict[int, float] = {}
         self.hybrid: Hybrid | None = None
         self.splitter: Splitter | None = None
         if policy.misses != "load":
@@ -258,8 +264,12 @@ class OffloadEngine(ExpertModel):
         if self.splitter is not None:
             self.splitter.misses = _MISSES[way]
 
+    def contest(self, batch_size: int) -> Contest | None:
+        """Between the ways in which such batches may decode, if there are several."""
+        return self._contests.get(batch_size)
+
     def engine_reason(self, batch_size: int) -> str | None:
-        """Which engine such batches decode by, and the times of both, once they are known."""
+        """Which way such batches decode, and the times of all, once they are known."""
         contest = self._contests.get(batch_size)
         is_over = contest is not None and contest.is_over and len(contest.ways) > 1
         return str(contest) if is_over else None

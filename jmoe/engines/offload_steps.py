@@ -12,7 +12,8 @@ import numpy as np
 from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.compiled_decoder import CompiledDecoder
-from jmoe.engines.contest import Contest, EngineName, engine_of
+from jmoe.engines.contest import Contest, EngineName, Way, engine_of
+from jmoe.engines.forecast import forecasts_s, last_steps
 from jmoe.engines.prediction import Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
@@ -69,6 +70,7 @@ class OffloadSteps:
             self._host_since = model.hybrid.host.counters.snapshot()
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
+        self._forecasts_s: dict[Way, float] = {}  # of a token
         self._ended = False
         self._workspace_bytes = 0  # until the programs are compiled
         self._residency: ResidencyStats | None = None
@@ -204,9 +206,24 @@ class OffloadSteps:
         self._caches = []
         token_ids_B.block_until_ready()
         self._prefill = self._count()
+        self._forecast(lengths)
         state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
         self._state = weakref.ref(state)
         return state, token_ids_B
+
+    def _forecast(self, lengths: np.ndarray) -> None:
+        """Predicts the time of a token, from prompts of these lengths; tells the contest, too."""
+        model, batch_size = self._model, self._shape.batch_size
+        if model.host_side is None:
+            return
+        contest = model.contest(batch_size)
+        ways = contest.ways if contest is not None else (model.decodes_by,)
+        *before, last = self._shape.chunks
+        in_last = np.clip(lengths - sum(before), 0, last).tolist()
+        steps = last_steps(self._stream.choices, in_last, batch_size)
+        self._forecasts_s = forecasts_s(model, batch_size, ways, steps)
+        if contest is not None:
+            contest.predict(self._forecasts_s)
 
     def _record_prompt(self, valid_BL: np.ndarray) -> None:
         if self._recorder is not None:
@@ -277,6 +294,7 @@ class OffloadSteps:
             prefill=self._prefill,
             decode=self._decode,
             decode_by_layer=model.places.counts_by_layer(),
+            predicted_step_s=self._forecasts_s.get(model.decodes_by),
             recall=self._recall.rates(),
             num_slots=policy.num_slots,
             num_staging=policy.num_staging,

@@ -26,6 +26,7 @@ class PromptStream:
 
     Attributes:
       chosen_LTK: experts chosen in the last chunk, int32, -1 for padding.
+      choices: by layer of the last chunk what ``layer_programs.first_layer`` returns for the host.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PromptStream:
         hybrid: computes experts on the host; None if the device computes all.
         """
         self.chosen_LTK = np.zeros((0, 0, 0), np.int32)
+        self.choices: list[np.ndarray] = []
         self._model = model
         self._hybrid = hybrid
         self._batch_size = batch_size
@@ -93,9 +95,10 @@ class PromptStream:
         )
         if every_bucket:
             y_AD = programs.run_every_bucket(experts, routed, y_AD)
-        chosen = []
+        chosen, all_choices = [], []
         for layer in range(model.num_layers):
             choices_NTW = np.asarray(choices)
+            all_choices.append(choices_NTW)
             chosen.append(choices_NTW[0, :, : model.config.router.top_k])
             y_AD = self._apply_experts(
                 experts, layer, choices_NTW, routed, y_AD, programs, is_rehearsal=every_bucket
@@ -111,6 +114,7 @@ class PromptStream:
                     valid_BL,
                 )
         self.chosen_LTK = np.stack(chosen)
+        self.choices = all_choices
         return routed, y_AD
 
     def _apply_experts(

@@ -1,5 +1,7 @@
 """Decode steps as a loop over layers on the host, with a thread that copies experts."""
 
+import statistics
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.decode_loop import DecodeLoop
 from jmoe.engines.expert_model import Supply
+from jmoe.engines.forecast import NUM_TIMED
 from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.prediction import GatePredictor, Predictor
 from jmoe.engines.programs import DecodeState
@@ -82,6 +85,15 @@ class ThreadDecoder:
         blanks = BlankExperts(self._model)
         with self._loop.using(None):
             state, token_ids_B = self._step(blanks, state, active_B)
+            if self._model.host_side is not None:
+                token_ids_B.block_until_ready()
+                times = []
+                for _ in range(NUM_TIMED):
+                    start = time.perf_counter()
+                    state, token_ids_B = self._step(blanks, state, active_B)
+                    token_ids_B.block_until_ready()
+                    times.append(time.perf_counter() - start)
+                self._model.step_s[self._shape.batch_size] = statistics.median(times)
         if (hybrid := self._model.hybrid) is not None:
             with self._loop.using(hybrid._replace(splitter=OneByHost())):
                 state, token_ids_B = self._step(blanks, state, active_B)

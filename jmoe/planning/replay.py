@@ -52,7 +52,10 @@ class Replay:
         ):
             predicted = predicted_LNW.tolist() if num_distances else ()
             for layer, experts in enumerate(ids_LK):
-                self._run_layer(layer, experts, predicted, num_distances)
+                last = min(trace.num_layers, layer + 1 + num_distances)
+                targets = range(layer + 1, last)
+                ahead = [(target, predicted[target][target - layer - 1]) for target in targets]
+                self.run_layer(layer, experts, [1] * len(experts), ahead)
 
     def _run_untimed(self, trace: RoutingTrace) -> None:
         """The same where copies take no time, without arrivals."""
@@ -64,15 +67,28 @@ class Replay:
         self.link.copies = cache.counters.misses
         self.now = trace.num_tokens * trace.num_layers * self.layer_s
 
-    def _run_layer(
-        self, layer: int, experts: Sequence[int], predicted: Sequence, num_distances: int
+    def run_layer(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        predictions: Sequence[tuple[int, Sequence[int]]],
     ) -> None:
+        """Computes a layer.
+
+        Args:
+          layer: the next one.
+          experts: distinct, that its tokens chose.
+          tokens: of each.
+          predictions: later layers, and experts that are predicted for them; -1 for none.
+        """
         cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
         cache.unpin()
         busy = link.advance(now)
         ways, on_host = Ways([], [], []), []
+        tokens_of = dict(zip(experts, tokens, strict=True))
         if splitter is not None:
-            ways = splitter.split(self, layer, experts, [1] * len(experts))
+            ways = splitter.split(self, layer, experts, tokens)
             self._call_off(layer, ways)
             on_host, experts = ways.host, [*ways.here, *ways.coming]
         needed = [self._keys[layer][expert] for expert in experts]
@@ -83,19 +99,19 @@ class Replay:
         for load in loads:
             self._start(link.demand, load)
         self.full_hits += not loads and not on_host
-        if num_distances:
-            self._predict(layer, predicted, num_distances)
+        self._predict(layer, predictions)
         if splitter is not None and on_host and splitter.copies_pay:
             self._keep(layer, on_host)
         ready = max([now, *map(link.arrival, needed)])
         layer_s = self.layer_s
         if splitter is not None and on_host:
             costs = splitter.costs
-            host_s = len(on_host) * costs.host(1) + costs.hand_over_s
+            host_s = sum(costs.host(tokens_of[e]) for e in on_host) + costs.hand_over_s
             # What the device has it computes meanwhile, unless that is the same processor.
-            spared_s = len(on_host) * costs.device(1)
+            spared_s = sum(costs.device(tokens_of[e]) for e in on_host)
             layer_s = max(0.0, layer_s - spared_s)
-            here_s = 0.0 if costs.shares_cores else len(ways.here) * costs.device(1)
+            here_s = sum(costs.device(tokens_of[e]) for e in ways.here)
+            here_s = 0.0 if costs.shares_cores else here_s
             layer_s -= min(here_s, layer_s, max(ready - now, host_s))
             ready = max(ready, now + host_s)
             self.host_s += host_s
@@ -125,13 +141,13 @@ class Replay:
             self.link.drop(key)
             self.cache.forget(key)
 
-    def _predict(self, layer: int, predicted: Sequence, num_distances: int) -> None:
+    def _predict(self, layer: int, predictions: Sequence[tuple[int, Sequence[int]]]) -> None:
         cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
         for key in cache.pass_layer(layer):
             self._drop_waiting(key)
         busy = link.advance(now)
-        for target in range(layer + 1, min(cache.num_layers, layer + 1 + num_distances)):
-            for expert in predicted[target][target - layer - 1]:
+        for target, experts in predictions:
+            for expert in experts:
                 if expert < 0:
                     continue
                 key = self._keys[target][expert]

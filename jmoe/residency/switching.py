@@ -125,7 +125,7 @@ class SwitchingExperts:
         static = self.static
         assert self._make_slots is not None and static is not None
         self._peak_places = self.peak_places
-        held = self._held()
+        held = self.held()
         self._shrink()
         slots = self._make_slots(static)
         self._prompt_experts = PromptExperts(slots, self.experts)
@@ -176,7 +176,11 @@ class SwitchingExperts:
         if self.slots is not None:
             self.slots.delete()
 
-    def _held(self) -> dict[int, list[int]]:
+    def held(self) -> dict[int, list[int]]:
+        """By layer the experts that have a slot."""
+        if self.slots is not None:
+            slots = self.slots
+            return {i: list(slots.by_value(i))[::-1] for i in range(slots.static.num_layers)}
         cache = self.experts.cache
         return {layer: sorted(cache.resident(layer)) for layer in range(cache.num_layers)}
 
