@@ -41,3 +41,34 @@ def test_slow_first_tokens_and_a_stray_slow_one_decide_nothing():
         contest.note(5.0 if i < NUM_SETTLING or i == 9 else 1e-3)
     assert contest.is_over and contest.running == "compiled"
     assert str(contest) == "engine compiled: 1.00 ms a token, thread 2.00 ms"
+
+
+def test_of_several_ways_the_fastest_wins_and_the_best_predicted_begins():
+    seconds = {"thread": 4e-3, "split": 2e-3, "host": 3e-3, "compiled": 9e-3}
+    contest = Contest(1, tuple(seconds))
+    contest.predict({"thread": 3e-3, "split": 3.5e-3, "host": 2e-3, "compiled": 7e-3})
+    assert contest.ways == ("host", "thread", "split")  # the other one is hopeless
+    ran = []
+    while not contest.is_over:
+        ran.append(contest.running)
+        contest.note(seconds[contest.running])
+    assert list(dict.fromkeys(ran)) == ["host", "thread", "split"]
+    assert contest.running == "split"
+    text = str(contest)
+    assert text.startswith("engine split: 2.00 ms a token (predicted 3.50), host 3.00 ms")
+
+
+def test_predictions_after_the_beginning_change_no_turns():
+    contest = Contest(1, ("thread", "split"))
+    contest.note(1e-3)
+    contest.predict({"thread": 9.0, "split": 1.0})
+    assert contest.ways == ("thread", "split") and contest.running == "thread"
+
+
+def test_one_way_that_is_left_needs_no_contest():
+    contest = Contest(1, ("thread", "split", "compiled"))
+    contest.predict({"thread": 1.0, "split": 4.0, "compiled": 5.0})
+    assert contest.is_over and contest.running == "thread"
+    contest = Contest(1)
+    contest.drop("compiled")
+    assert contest.is_over and contest.running == "thread"
