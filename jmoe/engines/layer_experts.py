@@ -5,6 +5,7 @@ Three forms, each a program of its own: *whole*, a program takes all experts tha
 outputs only, since the host computes some of the experts.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from jmoe.engines.layer_programs import Group, Routed
 from jmoe.engines.prediction import Predictor
 from jmoe.planning.splitting import Splitting, Ways
 from jmoe.residency.host_experts import HostExperts
+from jmoe.residency.mailbox import Mailbox
 
 Form = Literal["whole", "rest", "host"]
 
@@ -86,8 +88,12 @@ class LayerExperts:
         }
         if not self._is_single:
             self.inputs["rest"] = LayerInputs(blobs, group, routed, y_TKD, None)
+        self._mailbox: Mailbox | None = None
         if hybrid is not None:
-            self.inputs["host"] = LayerInputs((), None, routed, y_TKD, y_TKD)
+            with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError, RuntimeError):
+                self._mailbox = Mailbox(model.device, self._shape)
+            y_host_TKD = self._mailbox.array if self._mailbox else y_TKD
+            self.inputs["host"] = LayerInputs((), None, routed, y_TKD, y_host_TKD)
 
     def compile(self) -> None:
         """Compiles what computes experts alone."""
@@ -192,7 +198,8 @@ class LayerExperts:
                 experts.release()
         if y_TKD is None:
             y_TKD = self._zeros_TKD
-        y_host_TKD = self._model.put(hybrid.host.wait(job).reshape(self._shape))
+        y_host = hybrid.host.wait(job).reshape(self._shape)
+        y_host_TKD = self._mailbox.post(y_host) if self._mailbox else self._model.put(y_host)
         return LayerInputs((), None, routed, y_TKD, y_host_TKD)
 
     def _apply(

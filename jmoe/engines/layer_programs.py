@@ -143,7 +143,8 @@ def next_layer(
         in its order, or no experts.
       routed: state of the layer.
       y_TKD: outputs of its other experts (``some_experts``), if there are any.
-      y_host_TKD: outputs of experts that the host computed; zeros for all others.
+      y_host_TKD: outputs of experts that the host computed; zeros for all others. It may be in
+        the host's memory.
       layer: parameters of the next layer; and so on, as in ``first_layer``.
 
     Donates: cache.
@@ -345,7 +346,7 @@ def _apply(
     """Outputs of experts by token and choice, [T, K, D] in float32."""
     if y_host_TKD is not None:
         assert y_TKD is not None and not blobs
-        return y_TKD + y_host_TKD
+        return y_TKD + jax.device_put(y_host_TKD, jax.memory.Space.Device)
     if group is None:
         assert routed.ids_TK.shape == (1, len(blobs)) and y_TKD is None
         valid_R = jnp.ones(1, bool)
