@@ -51,9 +51,10 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     _model_flags.limit_threads()
     from _bench import machine
-    from _bench.ceiling import num_threads
     from _bench.report import MarkdownReport
     from _peers import measure, peers
+
+    from jmoe.planning.machine import num_threads
 
     comparison = peers.Comparison(
         model=_model_flags.MODEL.value or _MODEL,

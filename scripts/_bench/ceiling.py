@@ -4,7 +4,6 @@ Both are measured in the run that they are compared with, and again beside every
 best of a few readings counts: a disturbance can only lower it.
 """
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from _bench.statistics import take_turns
 from jmoe import native
 from jmoe.models.linear import linear
 from jmoe.native import ops
+from jmoe.planning.machine import num_threads
 from jmoe.quant.layout import aligned_empty
 
 _THOROUGH = 9  # repetitions
@@ -25,11 +25,6 @@ _CPU_READ_BYTES = 2**29  # far beyond any cache that a few cores share
 _DEVICE_READ_BYTES = 2**30
 _CPU_MATMUL_SIZE = 2048
 _DEVICE_MATMUL_SIZE = 8192
-
-
-def num_threads() -> int:
-    """Threads that XLA computes with on a CPU: as ``--threads`` says, or all it may have."""
-    return int(os.environ.get("PJRT_NPROC", 0)) or len(os.sched_getaffinity(0))
 
 
 class Ceiling:

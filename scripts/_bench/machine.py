@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import psutil
 
-from jmoe.planning import memory
+from jmoe.planning import machine, memory
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     """Processor, memory, device and versions; the load is that before the measurement."""
     device = jax.local_devices()[0]
     return {
-        "cpu": _cpu_model(),
+        "cpu": machine.processor_name(),
         "num_cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "host_memory_bytes": memory.host_memory_bytes(),
@@ -80,15 +80,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:

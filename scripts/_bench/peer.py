@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from _bench.ceiling import num_threads
 from _bench.settings import Subject
 from _bench.transformers_loop import restore_frequencies, run_model
 from jmoe.engines.memory import check_fits
 from jmoe.errors import RequestError
 from jmoe.models import families
 from jmoe.models.decoder import abstract_parameters
+from jmoe.planning.machine import num_threads
 
 
 class TransformersPeer:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from _bench.ceiling import num_threads
 from jmoe.config import ModelConfig
 from jmoe.errors import RequestError
+from jmoe.planning.machine import num_threads
 
 _NUM_WEIGHTS = 2  # experts with memory of their own: beyond any cache
 
