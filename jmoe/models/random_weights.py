@@ -19,6 +19,9 @@ from jmoe.quant.layout import ExpertLayout, aligned_empty
 from jmoe.quant.quant_array import PART_NAMES
 from jmoe.quant.spec import QuantSpec
 
+# Numbers that fill_blobs repeats: not as many as any row is long.
+_RUN = (1 << 20) - 1
+
 
 def random_parameters(
     config: ModelConfig, dtype: str, seed: int = 0, quant: QuantSpec | None = None
@@ -64,6 +67,37 @@ def random_blobs(layout: ExpertLayout, num_experts: int, seed: int) -> np.ndarra
                 part_seed = zlib.crc32(f"{e}.{matrix}.{name}".encode(), seed)
                 part[...] = _random_part(name, part.shape, part.dtype, fmt, std, part_seed)
     return blobs.view(layout.dtype)
+
+
+def fill_blobs(layout: ExpertLayout, blobs: np.ndarray) -> None:
+    """Fills memory with experts, for measuring: all alike, of few numbers over and over.
+
+    Args:
+      layout: of each.
+      blobs: uint8 [num_experts, layout.num_bytes], aligned; or items of the layout's dtype.
+    """
+    rng = np.random.default_rng(0)
+    blobs = blobs.view(np.uint8)
+    first = blobs[0]
+    first[:] = 0  # also between the parts
+    for matrix, parts in layout.host_views(first).items():
+        fmt = layout.format(matrix)
+        std = layout.matrix_shape(matrix)[1] ** -0.5
+        for name, part in parts.items():
+            if name == "codes":
+                _repeat(rng.integers(0, 256, _RUN, np.uint8), part)
+            elif isinstance(fmt, DenseFormat):
+                _repeat(rng.standard_normal(_RUN, np.float32) * std, part)
+            else:
+                part[...] = _random_part(name, part.shape, part.dtype, fmt, std, 0)
+    blobs[1:] = first
+
+
+def _repeat(run: np.ndarray, out: np.ndarray) -> None:
+    run, flat = run.astype(out.dtype), out.reshape(-1)
+    for start in range(0, flat.size, run.size):
+        piece = flat[start : start + run.size]
+        piece[:] = run[: piece.size]
 
 
 def _random_part(

@@ -22,7 +22,7 @@ from jmoe.errors import RequestError
 from jmoe.models import attention
 from jmoe.models.experts import Experts, choose_form
 from jmoe.models.linear import Weight, linear
-from jmoe.models.random_weights import random_blobs
+from jmoe.models.random_weights import fill_blobs
 from jmoe.models.router import Routing
 from jmoe.native import ops
 from jmoe.native.choice import ActivationBits, HostKernels, supports
@@ -274,8 +274,7 @@ def _expert_blobs(layout: ExpertLayout, num_experts: int, device: jax.Device) ->
         do="leave this format out of --formats",
     )
     blobs = aligned_empty((num_experts, layout.num_items), layout.dtype)
-    blobs[0] = _random_blobs(layout, 1)
-    blobs[1:] = blobs[0]
+    fill_blobs(layout, blobs)
     return blobs
 
 
@@ -284,8 +283,10 @@ def _matrices(
 ) -> list[Weight]:
     """These matrices of random blobs, blob by blob."""
     weights: list[Weight] = []
-    for blob in _random_blobs(layout, num_blobs):
-        views = layout.host_views(blob.view(np.uint8))
+    blobs = aligned_empty((num_blobs, layout.num_bytes), np.uint8)
+    fill_blobs(layout, blobs)
+    for blob in blobs:
+        views = layout.host_views(blob)
         for name in names:
             fmt = layout.format(name)
             parts = {part: jax.device_put(view, device) for part, view in views[name].items()}
@@ -293,16 +294,6 @@ def _matrices(
                 parts["values"] if isinstance(fmt, DenseFormat) else from_parts(parts, fmt)
             )
     return weights
-
-
-def _random_blobs(layout: ExpertLayout, num_blobs: int) -> np.ndarray:
-    if not isinstance(layout.formats[0], DenseFormat):
-        return random_blobs(layout, num_blobs, seed=0)
-    # A run of normal numbers, over and over.
-    values = np.random.default_rng(0).standard_normal(2**20 - 1, np.float32)
-    blobs = aligned_empty((num_blobs, layout.num_items), layout.dtype)
-    blobs[:] = np.resize((values * layout.hidden_size**-0.5).astype(layout.dtype), blobs.shape)
-    return blobs
 
 
 def _square_layout(hidden_size: int, intermediate_size: int, fmt: Format) -> ExpertLayout:
