@@ -29,6 +29,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", _programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+# What a test measures is not for later runs.
+_measured = tempfile.mkdtemp(prefix="jmoe-cache-")
+atexit.register(shutil.rmtree, _measured, ignore_errors=True)
+os.environ["JMOE_CACHE_DIR"] = _measured
+
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(
     ["jmoe.quant", "jmoe.models", "jmoe.generation.sampling", "jmoe.engines.programs"],

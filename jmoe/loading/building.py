@@ -98,7 +98,7 @@ class Setup(NamedTuple):
                 )
             return engine, (*notes, *(reasons if self.options.budget_bytes else ()))
         assert self.quant is not None
-        link = self._link(self.quant)
+        link = self.make_link(self.quant)
         with self._explaining():
             engine = OffloadEngine(
                 self.config,
@@ -178,7 +178,8 @@ class Setup(NamedTuple):
             bytes_per_s=None if speed is None else speed * 1e9,
         )
 
-    def _link(self, quant: QuantSpec) -> Link:
+    def make_link(self, quant: QuantSpec) -> Link:
+        """The way of experts in such formats to the device, as slow as was asked for."""
         config, options = self.config, self.options
         layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
         link: Link = DeviceLink(self.device, layout.dtype)
