@@ -315,6 +315,8 @@ def load(
     link_gb_per_s: float | None = None,
     link_latency_us: float = 0.0,
     host_gb_per_s: float | None = None,
+    hardware: str | None = None,
+    recalibrate: bool = False,
     device: jax.Device | None = None,
     revision: str | None = None,
     progress: bool = False,
@@ -363,6 +365,10 @@ def load(
         experiments on a machine without an accelerator.
       link_latency_us: what each copy takes besides then, in microseconds.
       host_gb_per_s: likewise holds the host to reading experts at this speed when it computes.
+      hardware: what this machine can do, if missing experts may be computed on the host: a file of
+        scripts/hardware.py, or a preset. None is what was measured before, or measures it now, in
+        a few seconds.
+      recalibrate: measure it in any case.
       device: where to run; JAX's default device if None.
       revision: branch, tag or commit of a hub id.
       progress: show a bar on stderr while weights are read, if that is a terminal.
@@ -397,6 +403,8 @@ def load(
         link_gb_per_s=link_gb_per_s,
         link_latency_us=link_latency_us,
         host_gb_per_s=host_gb_per_s,
+        hardware=hardware,
+        recalibrate=recalibrate,
     )
     stopwatch = Stopwatch()
     with stopwatch:

@@ -115,6 +115,13 @@ HOST_GB_PER_S = flags.DEFINE_float(
     "Holds the CPU to reading experts at this speed (10^9 bytes per second) when it computes what "
     "the device does not have, for experiments.",
 )
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    None,
+    "What the machine can do, if the CPU may compute missing experts: a file of "
+    "scripts/hardware.py, or a preset. Default: what was measured before, or is measured now.",
+)
+RECALIBRATE = flags.DEFINE_bool("recalibrate", False, "Measure the machine again.")
 
 
 def limit_threads() -> None:
@@ -144,6 +151,8 @@ def arguments() -> dict[str, Any]:
         "link_gb_per_s": LINK_GB_PER_S.value,
         "link_latency_us": LINK_LATENCY_US.value,
         "host_gb_per_s": HOST_GB_PER_S.value,
+        "hardware": HARDWARE.value,
+        "recalibrate": RECALIBRATE.value,
     }
 
 

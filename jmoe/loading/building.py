@@ -11,10 +11,12 @@ from jmoe.config import ModelConfig
 from jmoe.engines.memory import ExplainShortage, check_fits, remedy, smaller_plan
 from jmoe.engines.offload import HostSide, OffloadEngine
 from jmoe.engines.resident import ResidentEngine
+from jmoe.loading.hardware import find_hardware, subject_of
 from jmoe.loading.options import LoadOptions
 from jmoe.native import library
 from jmoe.native.choice import HostKernels, uncovered
 from jmoe.planning import sizes
+from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.memory import available_host_bytes, device_memory
 from jmoe.planning.plan import Plan, make_plan
 from jmoe.planning.policy import Policy
@@ -89,6 +91,8 @@ class Setup(NamedTuple):
     ) -> tuple[Engine, tuple[str, ...]]:
         """Makes the engine; returns it and what was decided on the way, a sentence each."""
         host, notes = self._host_kernels()
+        host_side, found = self._host_side()
+        notes += found
         what = f"plan for {self.num_positions:,} positions"
         reasons = tuple(f"{what}: {reason}" for reason in self.plan.reasons)
         if not self.is_offload:
@@ -112,7 +116,7 @@ class Setup(NamedTuple):
                 replan=self.replan,
                 store=store,
                 timeline=self.options.timeline,
-                host_experts=self._host_side(),
+                host_experts=host_side,
             )
         if self.options.record_routing:
             router = self.config.router
@@ -165,18 +169,29 @@ class Setup(NamedTuple):
             platform=self.device.platform,
         )
 
-    def _host_side(self) -> HostSide | None:
-        """How the host computes experts, if it is to."""
+    def _host_side(self) -> tuple[HostSide | None, tuple[str, ...]]:
+        """How the host computes experts, if it is to, and notes about the machine."""
         options = self.options
-        if self.plan.policy.misses == "load":
-            return None
-        available = options.host_kernels and library.status().available
-        speed = options.host_gb_per_s
-        return HostSide(
-            kernels=options.kernel_options if available else None,
-            costs=self._expert_costs(),
-            bytes_per_s=None if speed is None else speed * 1e9,
+        if not self.is_offload or self.plan.policy.misses == "load":
+            return None, ()
+        assert self.quant is not None
+        subject = subject_of(self)
+        # A link of its own: the engine's may not be in use yet.
+        link = self.make_link(self.quant) if options.link_gb_per_s is not None else None
+        found = find_hardware(
+            subject, link, named=options.hardware, recalibrate=options.recalibrate
         )
+        speed = options.host_gb_per_s
+        bytes_per_s = None if speed is None else speed * 1e9
+        costs = ExpertCosts.of(
+            found.spec,
+            subject.layout,
+            activation_bits=subject.activation_bits,
+            dtype=self.dtype,
+            host_bytes_per_s=bytes_per_s,
+        )
+        loop_s = found.spec.round_trip_s + found.spec.dispatch_s
+        return HostSide(subject.host, costs, loop_s, bytes_per_s), found.notes
 
     def make_link(self, quant: QuantSpec) -> Link:
         """The way of experts in such formats to the device, as slow as was asked for."""

@@ -2,17 +2,19 @@
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jmoe.engines import calibration
 from jmoe.engines.measuring import Clock
 from jmoe.engines.probes import Subject
-from jmoe.loading.building import Setup
 from jmoe.native import library
 from jmoe.planning import hardware_files
 from jmoe.planning.hardware import HardwareSpec
 from jmoe.quant.spec import PRESETS
 from jmoe.residency.link import DeviceLink, Link
+
+if TYPE_CHECKING:
+    from jmoe.loading.building import Setup
 
 
 class FoundHardware(NamedTuple):
@@ -29,7 +31,7 @@ class FoundHardware(NamedTuple):
     path: Path | None
 
 
-def subject_of(setup: Setup) -> Subject:
+def subject_of(setup: "Setup") -> Subject:
     """What is calibrated for a model that will run like this."""
     options, quant = setup.options, setup.quant
     if quant is None:  # experts are blobs when they are offloaded

@@ -44,6 +44,8 @@ class LoadOptions:
     link_gb_per_s: float | None = None
     link_latency_us: float = 0.0
     host_gb_per_s: float | None = None
+    hardware: str | None = None
+    recalibrate: bool = False
     check_memory: bool = True  # refuse what this machine's memory does not hold
 
     def __post_init__(self):

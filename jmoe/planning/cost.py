@@ -9,7 +9,10 @@ itself and takes one after the other. Pure: engines and the simulator ask the sa
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from jmoe.planning.hardware import HardwareSpec
+from jmoe.quant.layout import ExpertLayout
 
 # Of the time of a layer: what is not slower by more than this copies more experts, since those that
 # were copied may be used again.
@@ -33,6 +36,39 @@ class ExpertCosts:
     device: Callable[[float], float]
     hand_over_s: float = 0.0
     shares_cores: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        hardware: HardwareSpec,
+        layout: ExpertLayout,
+        *,
+        activation_bits: int,
+        dtype: str,
+        host_bytes_per_s: float | None = None,
+    ) -> Self:
+        """Costs on a machine.
+
+        Args:
+          hardware: the machine.
+          layout: of an expert.
+          activation_bits: of host kernels; 0 without.
+          dtype: of activations.
+          host_bytes_per_s: at which the host is held to reading experts, if it is: it counts as
+            another processor then.
+
+        Raises:
+          ConfigError: nothing is known of experts on this machine.
+        """
+        times = hardware.estimate_experts(layout, activation_bits=activation_bits, dtype=dtype)
+        held_s = layout.num_bytes / host_bytes_per_s if host_bytes_per_s is not None else 0.0
+        return cls(
+            copy_s=hardware.to_device(layout.num_bytes),
+            host=lambda tokens: max(held_s, times.host(tokens)),
+            device=times.device,
+            hand_over_s=hardware.hand_over_s,
+            shares_cores=hardware.platform == "cpu" and host_bytes_per_s is None,
+        )
 
 
 class Absent(NamedTuple):
