@@ -36,7 +36,14 @@ os.environ["JMOE_CACHE_DIR"] = _measured
 
 # Before jmoe is imported anywhere: functions of arrays check the shapes they are given.
 install_import_hook(
-    ["jmoe.quant", "jmoe.models", "jmoe.generation.sampling", "jmoe.engines.programs"],
+    [
+        "jmoe.quant",
+        "jmoe.models",
+        "jmoe.generation.sampling",
+        "jmoe.generation.candidates",
+        "jmoe.engines.programs",
+        "jmoe.engines.beam_programs",
+    ],
     "tests.shape_checks.check",
 )
 

@@ -3,12 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jmoe.errors import RequestError
 
 # Below this, dividing logits by the temperature leaves only the largest: it is greedy.
 MIN_TEMPERATURE = 1e-5
+# Beyond this the longest sequences' scores would leave the range of numbers.
+MAX_LENGTH_PENALTY = 10.0
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_BEAMS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +29,10 @@ class GenerationOptions:
     seed: int = 0  # of the random numbers; the same seed gives the same text
     stop: tuple[str, ...] = ()  # text that ends a sequence and is not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end a sequence
+    num_beams: int = 1  # sequences that are followed for every prompt (generation/beams.py)
+    num_return_sequences: int = 1  # of these, the best when they have ended
+    length_penalty: float = 1.0  # scores are divided by length ** this: above 0 favours long ones
+    early_stopping: bool | Literal["never"] = False  # when a search is over: beams.py
 
     def __post_init__(self):
         _check_integer("max_new_tokens", self.max_new_tokens, minimum=1)
@@ -39,6 +48,50 @@ class GenerationOptions:
             raise RequestError("a stop string must not be empty", got=list(self.stop))
         for token_id in self.stop_token_ids:
             _check_integer("a stop token id", token_id, minimum=0)
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        _check_integer("num_beams", self.num_beams, minimum=1)
+        _check_integer("num_return_sequences", self.num_return_sequences, minimum=1)
+        limit = MAX_LENGTH_PENALTY
+        _check_number(
+            "length_penalty",
+            self.length_penalty,
+            f"in [{-limit}, {limit}]",
+            lambda x: abs(x) <= limit,
+        )
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                "early_stopping is not usable",
+                got=repr(self.early_stopping),
+                expected='True, False or "never"',
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise RequestError(
+                "more sequences are to be returned than there are beams",
+                got=f"num_return_sequences={self.num_return_sequences}, num_beams={self.num_beams}",
+                do="raise num_beams; or, for several samples, repeat the prompt",
+            )
+        if self.num_beams == 1:
+            for name, off in (("length_penalty", 1.0), ("early_stopping", False)):
+                if (value := getattr(self, name)) != off:
+                    raise RequestError(
+                        f"{name} is for beams, and there is one sequence only",
+                        got=f"{name}={value!r}, num_beams=1",
+                        do=f"set num_beams to 2 or more, or leave {name} out",
+                    )
+        elif not self.is_greedy:
+            raise RequestError(
+                "beams take the most probable tokens, and do not sample",
+                got=f"num_beams={self.num_beams}, temperature={self.temperature}",
+                do="leave out temperature, top_k, top_p and min_p, or num_beams",
+            )
+        elif self.stop:
+            raise RequestError(
+                "stop strings do not go with beams, which end by tokens",
+                got=f"num_beams={self.num_beams}, stop={list(self.stop)}",
+                do="name stop_token_ids, or cut the text afterwards",
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -51,7 +104,8 @@ def make_options(
     """Puts a request together with a model's own defaults.
 
     Args:
-      defaults: sampling options of the model's generation_config.json.
+      defaults: options of the model's generation_config.json. Who asks for beams does not get its
+        sampling, and who asks for sampling, or for one beam, not its beams.
       requested: options of the caller; None means not given.
       stop_token_ids: the model's end-of-text tokens, used unless the caller names others.
 
@@ -73,12 +127,29 @@ def make_options(
     # Asking to truncate the distribution is asking to sample from it.
     if "temperature" not in given and given.keys() & {"top_k", "top_p", "min_p"}:
         given["temperature"] = defaults.get("temperature") or 1.0
-    merged = {"stop_token_ids": tuple(stop_token_ids), **defaults, **given}
-    return GenerationOptions(**merged)
+    own = _fitting_defaults(defaults, given)
+    return GenerationOptions(**{"stop_token_ids": tuple(stop_token_ids), **own, **given})
+
+
+def _fitting_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's defaults without those of another way to choose tokens than the one asked for."""
+    num_beams = given.get("num_beams", defaults.get("num_beams", 1))
+    overruled: tuple[str, ...] = ()
+    if num_beams == 1 or ("num_beams" not in given and given.get("temperature")):
+        overruled = _BEAMS
+    elif "num_beams" in given:
+        overruled = _SAMPLING
+    own = {name: value for name, value in defaults.items() if name not in overruled}
+    if "num_return_sequences" in own and isinstance(num_beams, int):
+        own["num_return_sequences"] = min(own["num_return_sequences"], num_beams)
+    return own
 
 
 def check_options(**requested: Any) -> None:
-    """Raises RequestError if options are unusable with every model; needs no model."""
+    """Raises RequestError if options are unusable with every model; needs no model.
+
+    Options of beams without num_beams are refused, as if no model had that among its defaults.
+    """
     make_options({}, requested, ())
 
 

@@ -28,6 +28,13 @@ def test_sampling_options_count_only_where_the_model_samples(tmp_path):
     assert load(tmp_path, {"do_sample": True}).options == {"temperature": 1.0}
 
 
+def test_options_of_beams_are_read(tmp_path):
+    beams = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.6}
+    options = load(tmp_path, beams | {"early_stopping": True}).options
+    assert options == beams | {"early_stopping": True}
+    assert load(tmp_path, {"early_stopping": "never"}).options == {"early_stopping": "never"}
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -35,6 +42,8 @@ def test_sampling_options_count_only_where_the_model_samples(tmp_path):
         {"eos_token_id": [2, None]},
         {"eos_token_id": -1},
         {"do_sample": True, "temperature": "0.7"},
+        {"num_beams": "4"},
+        {"early_stopping": "always"},
     ],
 )
 def test_a_wrong_type_is_refused(tmp_path, raw):
