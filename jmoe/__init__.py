@@ -1,6 +1,6 @@
 """jmoe: Mixture-of-Experts language models in JAX, where the accelerator is too small for them."""
 
-from jmoe.api import LLM, Chunk, GenerationResult, load
+from jmoe.api import LLM, Chunk, GeneratedSequence, GenerationResult, load
 from jmoe.errors import (
     CapacityError,
     CheckpointError,
@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "ConfigError",
+    "GeneratedSequence",
     "GenerationOptions",
     "GenerationResult",
     "GenerationStats",

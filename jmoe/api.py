@@ -11,8 +11,10 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.engines.batch import BatchRun
+from jmoe.engines.beam_run import BeamRun
 from jmoe.engines.offload import OffloadEngine
 from jmoe.errors import RequestError
+from jmoe.generation.beams import Hypothesis
 from jmoe.generation.options import GenerationOptions, make_options
 from jmoe.generation.sequence import FinishReason, GrowingSequence
 from jmoe.loading import EMBEDDED_MODEL as EMBEDDED_MODEL
@@ -36,29 +38,60 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedSequence:
+    """One continuation of a prompt.
+
+    Attributes:
+      token_ids: the new tokens, including a stop token that ended the text.
+      text: the new text, without stop strings and special tokens.
+      finish_reason: "eos" (a stop token), "stop" (a stop string) or "length".
+      score: with beams, the sum of its tokens' log-probabilities by its length **
+        length_penalty; else None.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationResult:
     """What became of one prompt.
 
     Attributes:
       prompt: as it was given: text, messages, or token ids.
       prompt_token_ids: what the model saw.
-      token_ids: the new tokens, including a stop token that ended the text.
-      text: the new text, without stop strings and special tokens.
-      finish_reason: "eos" (a stop token), "stop" (a stop string) or "length".
+      sequences: its continuations, best first: as many as num_return_sequences, else one. What
+        the result itself says is of the first one.
       stats: of the whole call, over all its prompts.
     """
 
     prompt: Prompt
     prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
+    sequences: tuple[GeneratedSequence, ...]
     stats: GenerationStats
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.sequences[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.sequences[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.sequences[0].finish_reason
+
+    @property
+    def score(self) -> float | None:
+        return self.sequences[0].score
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """New text of one prompt, as it is made.
+    """New text of one prompt, as it is made. With beams the best text, in one chunk at the end.
 
     Attributes:
       index: which prompt of the call.
@@ -66,6 +99,7 @@ class Chunk:
       token_ids: new tokens since the chunk before; their text may come with a later chunk.
       finish_reason: set in the last chunk of a prompt.
       stats: set in the last chunk of the call.
+      sequences: with beams, all that are returned, best first; else empty.
     """
 
     index: int
@@ -73,6 +107,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: GenerationStats | None
+    sequences: tuple[GeneratedSequence, ...] = ()
 
 
 class LLM:
@@ -146,22 +181,16 @@ class LLM:
         """
         prompts, is_batch = _as_batch(prompt)
         prompt_ids = [self.tokenize(p) for p in prompts]
-        texts = ["" for _ in prompts]
-        token_ids: list[list[int]] = [[] for _ in prompts]
-        reasons: list[Any] = [None for _ in prompts]
+        chunks: list[list[Chunk]] = [[] for _ in prompts]
         stats: Any = None
         for chunk in self._stream(prompt_ids, self.options(**options)):
-            texts[chunk.index] += chunk.text
-            token_ids[chunk.index] += chunk.token_ids
-            reasons[chunk.index] = chunk.finish_reason
+            chunks[chunk.index].append(chunk)
             stats = chunk.stats
         results = [
             GenerationResult(
                 prompt=prompts[i],
                 prompt_token_ids=tuple(prompt_ids[i]),
-                token_ids=tuple(token_ids[i]),
-                text=texts[i],
-                finish_reason=reasons[i],
+                sequences=_sequences(chunks[i]),
                 stats=stats,
             )
             for i in range(len(prompts))
@@ -169,7 +198,7 @@ class LLM:
         return results if is_batch else results[0]
 
     def stream(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
-        """Like ``generate``, but yields text as it is made.
+        """Like ``generate``, but yields text as it is made; with beams, when it is known.
 
         The pieces of a prompt add up to the text that ``generate`` returns. Everything is
         checked, and the prompts are prefilled, before this returns.
@@ -243,6 +272,9 @@ class LLM:
         return self.tokenizer.apply_chat_template(list(prompt))  # type: ignore[arg-type]
 
     def _stream(self, prompt_ids: list[list[int]], options: GenerationOptions) -> Iterator[Chunk]:
+        if options.num_beams > 1:
+            beams = self.engine.start_beams(prompt_ids, options)
+            return _beam_chunks(beams, self.tokenizer, prompt_ids, options)
         run = self.engine.start(prompt_ids, options)
         sequences = [
             GrowingSequence(self.tokenizer, ids, options, limit)
@@ -274,6 +306,61 @@ def _grow(
                 finish_reason=sequence.finish_reason,
                 stats=None if growing else run.stats(),
             )
+
+
+def _beam_chunks(
+    run: BeamRun,
+    tokenizer: Tokenizer,
+    prompt_ids: list[list[int]],
+    options: GenerationOptions,
+) -> Iterator[Chunk]:
+    num_left = len(prompt_ids)
+    with contextlib.closing(iter(run)) as steps:  # also if the caller leaves before the end
+        for i, hypotheses in steps:
+            num_left -= 1
+            sequences = tuple(
+                _sequence(hypothesis, tokenizer, prompt_ids[i], options)
+                for hypothesis in hypotheses
+            )
+            best = sequences[0]
+            yield Chunk(
+                index=i,
+                text=best.text,
+                token_ids=best.token_ids,
+                finish_reason=best.finish_reason,
+                stats=None if num_left else run.stats(),
+                sequences=sequences,
+            )
+
+
+def _sequence(
+    hypothesis: Hypothesis,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    options: GenerationOptions,
+) -> GeneratedSequence:
+    token_ids = hypothesis.token_ids
+    growing = GrowingSequence(tokenizer, prompt_ids, options, len(token_ids))
+    text = "".join(map(growing.push, token_ids))
+    assert growing.finish_reason == hypothesis.finish_reason
+    return GeneratedSequence(
+        token_ids=token_ids,
+        text=text,
+        finish_reason=hypothesis.finish_reason,
+        score=hypothesis.score,
+    )
+
+
+def _sequences(chunks: Sequence[Chunk]) -> tuple[GeneratedSequence, ...]:
+    """What all chunks of a prompt make together."""
+    last = chunks[-1]
+    assert last.finish_reason is not None
+    whole = GeneratedSequence(
+        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=last.finish_reason,
+    )
+    return last.sequences or (whole,)
 
 
 def _as_batch(prompt: Any) -> tuple[list[Any], bool]:

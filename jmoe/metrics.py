@@ -126,10 +126,11 @@ class GenerationStats:
     The first new token of a sequence comes out of the prefill, so decode_tokens, the tokens
     that decode steps made, are one fewer per sequence than the new tokens; decode_tok_per_s
     divides steps by the time of the same steps. Compilation is never part of the other
-    times.
+    times. Every beam is a sequence, whose tokens count whether it survives or not; a prompt is
+    read once for all its beams.
     """
 
-    num_sequences: int
+    num_sequences: int  # of all prompts
     prefill_tokens: int  # of all prompts, without padding
     prefill_s: float  # until the first new token of every sequence is on the host
     new_tokens: int
@@ -138,6 +139,7 @@ class GenerationStats:
     compile_s: float  # compiling programs and running each once
     compiled_programs: int  # in this call; 0 once warm
     residency: ResidencyStats | None = None  # of engines that move experts
+    num_beams: int = 1  # sequences of each prompt
 
     @property
     def prefill_tok_per_s(self) -> float:

@@ -72,6 +72,34 @@ def test_a_stop_token_ends_the_text_and_is_counted(llm):
     assert result.text == llm.tokenizer.decode(whole.token_ids[:first])
 
 
+def test_beams_come_best_first_and_a_stream_has_the_best_of_each_prompt_in_one_chunk(llm):
+    prompts = ["import os", "class A:"]
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    results = llm.generate(prompts, **options)
+    for result in results:
+        best, second = result.sequences
+        assert best.score > second.score and best.token_ids != second.token_ids
+        assert (result.text, result.token_ids, result.score) == (
+            best.text,
+            best.token_ids,
+            best.score,
+        )
+        assert best.text == llm.tokenizer.decode(best.token_ids)
+        assert best.finish_reason == result.finish_reason == "length"
+    stats = results[0].stats
+    assert (stats.num_sequences, stats.new_tokens) == (6, 72)
+    chunks = sorted(llm.stream(prompts, **options), key=lambda chunk: chunk.index)
+    assert [chunk.text for chunk in chunks] == [result.text for result in results]
+    assert [chunk.sequences for chunk in chunks] == [result.sequences for result in results]
+    assert sum(chunk.stats is not None for chunk in chunks) == 1
+
+
+def test_without_beams_a_result_is_one_sequence_without_a_score(llm):
+    result = llm.generate("import os", max_new_tokens=3)
+    assert len(result.sequences) == 1 and result.score is None
+    assert result.sequences[0].token_ids == result.token_ids
+
+
 def test_an_abandoned_stream_leaves_nothing_that_matters(llm):
     before = llm.generate("import os", max_new_tokens=20)
     stream = llm.stream("def f(", max_new_tokens=200)
@@ -100,6 +128,8 @@ def test_a_generation_ends_at_the_context(llm):
         ([5] * 1024, {}, "longer than the model's context"),
         ("x", {"temprature": 1}, "unknown generation option 'temprature'"),
         ("x", {"max_new_tokens": -1}, "max_new_tokens"),
+        ("x", {"num_beams": 2, "num_return_sequences": 3}, "more sequences are to be returned"),
+        ([5] * 1024, {"num_beams": 2}, "longer than the model's context"),
     ],
 )
 def test_an_unusable_request_is_refused_before_a_stream_is_made(llm, prompt, options, message):

@@ -23,6 +23,7 @@ class BatchRun(Run):
     """
 
     def _make_steps(self) -> Steps:
+        assert self._shape.num_beams == 1, "beams have a run of their own"
         return self._model.steps(self._shape)
 
     def _prepare(self) -> None:

@@ -137,7 +137,7 @@ def decode_tokens(
     def one_token(carry: tuple) -> tuple:
         state, experts, active_B, made = carry
         n = made.num_steps
-        logits_BV, cache, experts, chosen_LBK = _step(
+        logits_BV, cache, experts, chosen_LBK = take_token(
             ends, layers, host, state, experts, active_B, static
         )
         lengths_B = state.lengths_B + active_B
@@ -167,7 +167,7 @@ def decode_tokens(
     return state, experts, made
 
 
-def _step(
+def take_token(
     ends: tuple[jax.Array, ...],
     layers: tuple[tuple[jax.Array, ...], ...],
     host: tuple[jax.Array, ...],

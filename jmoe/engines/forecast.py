@@ -117,7 +117,11 @@ def forecasts_s(
 
 
 def last_steps(
-    choices: Choices, lengths: Sequence[int], batch_size: int, max_tokens: int = MAX_TOKENS
+    choices: Choices,
+    lengths: Sequence[int],
+    batch_size: int,
+    max_tokens: int = MAX_TOKENS,
+    num_beams: int = 1,
 ) -> list[list[np.ndarray]]:
     """The last tokens of a batch of prompts, as the steps that would have decoded them.
 
@@ -125,7 +129,8 @@ def last_steps(
       choices: by layer, of a chunk: [1 + N, batch_size * length, W].
       lengths: valid tokens of each prompt in the chunk, from its start.
       batch_size: prompts.
-      max_tokens: steps at most.
+      max_tokens: of each prompt at most.
+      num_beams: of a prompt: so many neighbouring tokens make one step.
     """
     size = choices[0].shape[1] // batch_size
     num_steps = min(max_tokens, max(lengths, default=0))
@@ -133,7 +138,11 @@ def last_steps(
     for back in range(num_steps, 0, -1):
         tokens = [b * size + n - back for b, n in enumerate(lengths) if n >= back]
         steps.append([choices_NTW[:, tokens] for choices_NTW in choices])
-    return steps
+    groups = [steps[i : i + num_beams] for i in range(0, len(steps), num_beams)]
+    return [
+        [np.concatenate(by_layer, axis=1) for by_layer in zip(*group, strict=True)]
+        for group in groups
+    ]
 
 
 def _ahead(

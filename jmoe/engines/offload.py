@@ -10,6 +10,8 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.engines import offload_scoring
 from jmoe.engines.batch import BatchRun
+from jmoe.engines.beam_offload import OffloadBeamSteps
+from jmoe.engines.beam_run import BeamRun
 from jmoe.engines.contest import Contest, Way
 from jmoe.engines.expert_model import ExpertModel
 from jmoe.engines.host_compute import HostCompute
@@ -173,12 +175,14 @@ class OffloadEngine(ExpertModel):
         """What decode steps that are one program use; None if they are not."""
         return self.places.slots
 
-    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+    def longest_chunk(
+        self, batch_size: int, num_positions: int, num_prompts: int | None = None
+    ) -> int:
         """Longest piece in which prompts of such a batch are prefilled (CapacityError)."""
         plan = self.plan
         if self._replan is not None:
             plan = self._replan(batch_size, num_positions)
-        longest = longest_chunk(self.config, batch_size, num_positions)
+        longest = longest_chunk(self.config, num_prompts or batch_size, num_positions)
         return min(longest, plan.policy.prefill_chunk)
 
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
@@ -194,6 +198,11 @@ class OffloadEngine(ExpertModel):
         """
         check_prompts(prompts, self.config, reserve=1)
         return BatchRun(self, prompts, options)
+
+    def start_beams(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BeamRun:
+        """The same for options.num_beams beams of every prompt."""
+        check_prompts(prompts, self.config, reserve=1)
+        return BeamRun(self, prompts, options)
 
     def plan_with(self, replan: Replan) -> None:
         """Lets another one make the plans from the next batch on: for another budget, say."""
@@ -250,7 +259,7 @@ class OffloadEngine(ExpertModel):
         """
         planned = self._plans.get(shape)
         if self._replan is not None and (planned is None or planned[1] < workspace_bytes):
-            chunk = self.longest_chunk(*self._sizes(shape))
+            chunk = self.longest_chunk(*self._sizes(shape), shape.num_prompts)
             plan = self._replan(*self._sizes(shape), chunk, workspace_bytes)
             self._plans[shape] = plan, workspace_bytes
             self._adopt(plan)
@@ -330,11 +339,19 @@ class OffloadEngine(ExpertModel):
         return SlotArray(static, self.layout, self.device, self.host_blobs)
 
     def steps(self, shape: BatchShape) -> OffloadSteps:
-        contest = self._contests.get(shape.batch_size)
-        if contest is not None and contest.is_over:
-            contest = None
+        contest = self._contest(shape)
         self._run = OffloadSteps(self, shape, self.recorder, self.predictor, contest)
         return self._run
+
+    def beam_steps(self, shape: BatchShape) -> OffloadBeamSteps:
+        contest = self._contest(shape)
+        self._run = steps = OffloadBeamSteps(self, shape, self.recorder, self.predictor, contest)
+        return steps
+
+    def _contest(self, shape: BatchShape) -> Contest | None:
+        """Between the ways to take such a batch's steps, if it goes on."""
+        contest = self._contests.get(shape.batch_size)
+        return None if contest is None or contest.is_over else contest
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Scores the next token at every position of one sequence: float32 [L, V].

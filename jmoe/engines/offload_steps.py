@@ -57,10 +57,9 @@ class OffloadSteps:
         self._decoders: dict[EngineName, Decoder] = {}
         engines = {engine_of(way) for way in (model.decodes_by, *(contest.ways if contest else ()))}
         if "thread" in engines:
-            self._decoders["thread"] = ThreadDecoder(model, shape, predictor)
+            self._decoders["thread"] = self._by_thread()
         if "compiled" in engines:
-            num_tokens = model.plan.policy.tokens_per_call
-            self._decoders["compiled"] = CompiledDecoder(model, shape, num_tokens)
+            self._decoders["compiled"] = self._by_program()
         self.runs_ahead = contest is None and self._decoder.runs_ahead
         self._recall = Recall(model.lookahead, model.num_predicted)
         self._prefill = self._decode = Traffic.none()
@@ -77,6 +76,13 @@ class OffloadSteps:
         # While the caller keeps it, it is on the device.
         self._state: weakref.ref[DecodeState] | None = None
 
+    def _by_thread(self) -> Decoder:
+        return ThreadDecoder(self._model, self._shape, self._predictor)
+
+    def _by_program(self) -> Decoder:
+        num_tokens = self._model.plan.policy.tokens_per_call
+        return CompiledDecoder(self._model, self._shape, num_tokens)
+
     @property
     def _decoder(self) -> Decoder:
         return self._decoders[engine_of(self._model.decodes_by)]
@@ -87,14 +93,14 @@ class OffloadSteps:
         model, shape = self._model, self._shape
         self._sampling = sampling
         cache = kv_cache.init_cache(
-            model.config, shape.batch_size, shape.capacity, model.dtype, model.device
+            model.config, shape.num_prompts, shape.capacity, model.dtype, model.device
         )
         self._caches = list(cache.layers)
-        self._stream = PromptStream(model, shape.batch_size, self._caches, model.hybrid)
+        self._stream = PromptStream(model, shape.num_prompts, self._caches, model.hybrid)
         before = model.programs.num_compiled
         model.last_programs.clear()
         self._compile_prompts(lengths_B)
-        arguments = (cache, active_B, sampling, ending)
+        arguments = (self._compile_cache(cache), active_B, sampling, ending)
         if "thread" in self._decoders:  # whose programs do not depend on the number of slots
             self._decoders["thread"].compile(*arguments)
         self._fit()
@@ -109,7 +115,7 @@ class OffloadSteps:
             if self._contest is not None:
                 self._contest.drop("compiled")
             if "thread" not in self._decoders:
-                self._decoders["thread"] = ThreadDecoder(model, shape, self._predictor)
+                self._decoders["thread"] = self._by_thread()
                 self._decoders["thread"].compile(*arguments)
             del self._decoders["compiled"]
         if model.programs.num_compiled > before:
@@ -120,10 +126,17 @@ class OffloadSteps:
         self._workspace_bytes = self._find_workspace_bytes()
         self._model.fit(self._shape, self._workspace_bytes)
 
+    def _compile_cache(self, cache: KVCache) -> KVCache:
+        """Compiles what makes the KV cache of decode steps from that of prompts, if they differ.
+
+        Returns:
+          That of decode steps, or its shape.
+        """
+        return cache
+
     def _compile_prompts(self, lengths_B: jax.Array) -> None:
         model, shape = self._model, self._shape
-        batch_size, hidden = shape.batch_size, model.config.hidden_size
-        seen_BV = model.abstract_seen(batch_size, shape.kind)
+        batch_size, hidden = shape.num_prompts, model.config.hidden_size
         hidden_BD = model.abstract((batch_size, hidden), model.dtype)
         top_k = model.config.router.top_k
         self._hidden = {}
@@ -139,23 +152,37 @@ class OffloadSteps:
                 hidden_BD,
                 layer=0,
             )
+        self._compile_first(hidden_BD, lengths_B)
+
+    def _compile_first(self, hidden_BD: jax.ShapeDtypeStruct, lengths_B: jax.Array) -> None:
+        model, shape = self._model, self._shape
         self._first_tokens = model.program(
             layer_programs.first_tokens,
             model.ends,
             hidden_BD,
             lengths_B,
-            seen_BV,
+            model.abstract_seen(shape.batch_size, shape.kind),
             *self._sampling,
             layer=0,
             kind=shape.kind,
         )
+
+    def _first(
+        self, hidden_BD: jax.Array, lengths_B: jax.Array, seen_BV: jax.Array | None
+    ) -> tuple[DecodeState, jax.Array]:
+        """Behind the prompts: the state that decode steps begin with, and the first tokens."""
+        token_ids_B, seen_BV = self._first_tokens(
+            self._model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
+        )
+        cache, self._caches = KVCache(tuple(self._caches)), []
+        return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
 
     def _warm_up(self, active_B: jax.Array) -> None:
         """Runs the programs once, with experts of zeros: backends finish a program then.
 
         What that leaves in the KV cache is overwritten before it is read.
         """
-        model, batch_size = self._model, self._shape.batch_size
+        model, batch_size = self._model, self._shape.num_prompts
         blanks = BlankExperts(model)
         lengths_B = model.put(np.ones(batch_size, np.int32))
         hidden_BD = self._empty_hidden()
@@ -170,13 +197,13 @@ class OffloadSteps:
         seen_BV = None
         if self._shape.kind.penalized:
             seen_BV = model.put(np.zeros((batch_size, model.config.vocab_size), bool))
-        token_ids_B, seen_BV = self._first_tokens(
-            model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
-        )
-        state = DecodeState(KVCache(tuple(self._caches)), lengths_B, token_ids_B, seen_BV)
+        state, _ = self._first(hidden_BD, lengths_B, seen_BV)
+        self._warm_up_steps(state, active_B)
+        self._stream.forget()
+
+    def _warm_up_steps(self, state: DecodeState, active_B: jax.Array) -> None:
         state = self._decoder.warm_up(state, active_B)  # of a contest the other one comes later
         self._caches = list(state.cache.layers)
-        self._stream.forget()
 
     def prefill(
         self, padded_BL: np.ndarray, lengths_B: jax.Array, seen_BV: jax.Array | None
@@ -200,28 +227,26 @@ class OffloadSteps:
             hidden_BD = self._hidden[size](routed, y_AD, model.ends, last_B, hidden_BD)
             self._record_prompt(valid_BL)
             start += size
-        token_ids_B, seen_BV = self._first_tokens(
-            model.ends, hidden_BD, lengths_B, seen_BV, *self._sampling
-        )
-        self._caches = []
+        state, token_ids_B = self._first(hidden_BD, lengths_B, seen_BV)
         token_ids_B.block_until_ready()
         self._prefill = self._count()
         self._forecast(lengths)
-        state = DecodeState(KVCache(tuple(caches)), lengths_B, token_ids_B, seen_BV)
         self._state = weakref.ref(state)
         return state, token_ids_B
 
     def _forecast(self, lengths: np.ndarray) -> None:
         """Predicts the time of a token, from prompts of these lengths; tells the contest, too."""
-        model, batch_size = self._model, self._shape.batch_size
+        model, shape = self._model, self._shape
         if model.host_side is None:
             return
-        contest = model.contest(batch_size)
+        contest = model.contest(shape.batch_size)
         ways = contest.ways if contest is not None else (model.decodes_by,)
-        *before, last = self._shape.chunks
+        *before, last = shape.chunks
         in_last = np.clip(lengths - sum(before), 0, last).tolist()
-        steps = last_steps(self._stream.choices, in_last, batch_size)
-        self._forecasts_s = forecasts_s(model, batch_size, ways, steps)
+        steps = last_steps(
+            self._stream.choices, in_last, shape.num_prompts, num_beams=shape.num_beams
+        )
+        self._forecasts_s = forecasts_s(model, shape.batch_size, ways, steps)
         if contest is not None:
             contest.predict(self._forecasts_s)
 
@@ -230,7 +255,7 @@ class OffloadSteps:
             chosen_TLK = self._stream.chosen_LTK.swapaxes(0, 1)
             chosen_BLLK = chosen_TLK.reshape(*valid_BL.shape, *chosen_TLK.shape[1:])
             for sequence, chosen, valid_L in zip(
-                self._recorded, chosen_BLLK, valid_BL, strict=True
+                self._recorded[:: self._shape.num_beams], chosen_BLLK, valid_BL, strict=True
             ):
                 self._recorder.add_prompt(chosen[valid_L], sequence)
 
@@ -243,7 +268,7 @@ class OffloadSteps:
         state, token_ids_B, choices_LNTW = self._decoder.step(state, active_B)
         self._state = weakref.ref(state)
         if self._contest is not None and not self._contest.is_over:
-            token_ids_B = np.asarray(token_ids_B)
+            jax.block_until_ready(token_ids_B)
             self._contest.note(time.perf_counter() - start)
         if choices_LNTW is not None:
             self._note_choices(choices_LNTW)
@@ -315,7 +340,8 @@ class OffloadSteps:
 
     def _find_workspace_bytes(self) -> int:
         """Temporaries of the largest program, and what is handed from one to the next."""
-        model, tokens = self._model, self._shape.batch_size * max(self._shape.chunks)
+        model, shape = self._model, self._shape
+        tokens = max(shape.num_prompts * max(shape.chunks), shape.batch_size)
         hidden, item_bytes = model.config.hidden_size, jnp.dtype(model.dtype).itemsize
         outputs = (tokens * model.config.router.top_k + 1) * hidden * 4
         states = 2 * 2 * tokens * hidden * item_bytes
@@ -353,5 +379,5 @@ class OffloadSteps:
 
     def _empty_hidden(self) -> jax.Array:
         model = self._model
-        shape = (self._shape.batch_size, model.config.hidden_size)
+        shape = (self._shape.num_prompts, model.config.hidden_size)
         return model.put(np.zeros(shape, jnp.dtype(model.dtype)))

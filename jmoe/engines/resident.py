@@ -6,6 +6,8 @@ import numpy as np
 
 from jmoe.engines import programs
 from jmoe.engines.batch import BatchRun
+from jmoe.engines.beam_run import BeamRun
+from jmoe.engines.beam_steps import ResidentBeamSteps
 from jmoe.engines.device_model import DeviceModel
 from jmoe.engines.memory import check_fits, remedy, smaller_plan
 from jmoe.engines.prompts import check_prompts, pad_prompts
@@ -21,9 +23,11 @@ from jmoe.planning.policy import Policy
 class ResidentEngine(DeviceModel):
     """Runs batches of prompts, and scores texts."""
 
-    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+    def longest_chunk(
+        self, batch_size: int, num_positions: int, num_prompts: int | None = None
+    ) -> int:
         """Longest piece in which prompts of such a batch are prefilled."""
-        return longest_chunk(self.config, batch_size, num_positions)
+        return longest_chunk(self.config, num_prompts or batch_size, num_positions)
 
     def start(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BatchRun:
         """Checks a batch, reserves its KV cache, compiles what it needs, and prefills it.
@@ -40,6 +44,11 @@ class ResidentEngine(DeviceModel):
         check_prompts(prompts, self.config, reserve=1)
         return BatchRun(self, prompts, options)
 
+    def start_beams(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> BeamRun:
+        """The same for options.num_beams beams of every prompt."""
+        check_prompts(prompts, self.config, reserve=1)
+        return BeamRun(self, prompts, options)
+
     def reserve(self, shape: BatchShape) -> None:
         """Checks that the KV cache of a batch fits (CapacityError)."""
         batch_size, capacity = shape.batch_size, shape.capacity
@@ -47,13 +56,13 @@ class ResidentEngine(DeviceModel):
             kv_cache.cache_bytes(self.config, batch_size, capacity, self.dtype),
             self.device,
             what=f"the KV cache of {batch_size} x {capacity} positions",
-            do="run fewer prompts at once, shorten them, or lower max_new_tokens",
+            do=f"{_fewer(shape)}, shorten them, or lower max_new_tokens",
         )
 
     def remedy(self, shape: BatchShape) -> str:
         """What to do if the device has no memory for a batch."""
         if self.device.platform == "cpu":
-            return "run fewer prompts at once, shorten them, or use fewer bits"
+            return f"{_fewer(shape)}, shorten them, or use fewer bits"
         num_positions = min(shape.capacity, self.config.max_position_embeddings)
         size = {"batch_size": shape.batch_size, "num_positions": num_positions}
         need = MemoryNeed.of(self.config, self.dtype, self.quant, **size)
@@ -69,6 +78,9 @@ class ResidentEngine(DeviceModel):
 
     def steps(self, shape: BatchShape) -> ResidentSteps:
         return ResidentSteps(self, shape)
+
+    def beam_steps(self, shape: BatchShape) -> ResidentBeamSteps:
+        return ResidentBeamSteps(self, shape)
 
     def close(self) -> None:
         """Nothing has to be ended here."""
@@ -94,3 +106,7 @@ class ResidentEngine(DeviceModel):
             logits.append(np.asarray(logits_BLV)[0])
             start += size
         return np.concatenate(logits)[: len(token_ids)]
+
+
+def _fewer(shape: BatchShape) -> str:
+    return f"run fewer prompts{' or beams' if shape.num_beams > 1 else ''} at once"

@@ -9,6 +9,7 @@ from jmoe.engines.device_model import DeviceModel
 from jmoe.engines.programs import DecodeState
 from jmoe.engines.steps import BatchShape, Ending, Sampling
 from jmoe.models import kv_cache
+from jmoe.models.kv_cache import KVCache
 
 
 class ResidentSteps:
@@ -26,20 +27,21 @@ class ResidentSteps:
         model, shape = self._model, self._shape
         self._sampling = sampling
         self._cache = kv_cache.init_cache(
-            model.config, shape.batch_size, shape.capacity, model.dtype, model.device
+            model.config, shape.num_prompts, shape.capacity, model.dtype, model.device
         )
-        hidden_shape = (shape.batch_size, model.config.hidden_size)
+        hidden_shape = (shape.num_prompts, model.config.hidden_size)
         self._hidden_BD = model.put(np.zeros(hidden_shape, jnp.dtype(model.dtype)))
         self._seen_BV = None
         if shape.kind.penalized:
             self._seen_BV = model.put(np.zeros((shape.batch_size, model.config.vocab_size), bool))
         before = model.programs.num_compiled
+        self._compile_prompts(lengths_B)
         self._compile(lengths_B, active_B)
         if model.programs.num_compiled > before:
             self._warm_up(active_B)
 
-    def _compile(self, lengths_B: jax.Array, active_B: jax.Array) -> None:
-        model, batch_size = self._model, self._shape.batch_size
+    def _compile_prompts(self, lengths_B: jax.Array) -> None:
+        model, batch_size = self._model, self._shape.num_prompts
         int32 = jnp.int32
         start = jax.ShapeDtypeStruct((), int32)
         self._prefill_chunk = {
@@ -55,6 +57,9 @@ class ResidentSteps:
             )
             for size in set(self._shape.chunks)
         }
+
+    def _compile(self, lengths_B: jax.Array, active_B: jax.Array) -> None:
+        model = self._model
         self._first_tokens = model.programs.get(
             programs.first_tokens,
             model.parameters,
@@ -72,7 +77,7 @@ class ResidentSteps:
             DecodeState(self._cache, lengths_B, token_ids_B, self._seen_BV),
             active_B,
             *self._sampling,
-            **model.static_arguments(batch_size),
+            **model.static_arguments(self._shape.batch_size),
             kind=self._shape.kind,
         )
 
@@ -81,7 +86,7 @@ class ResidentSteps:
 
         What that leaves in the cache lies beyond every sequence's length, and is overwritten.
         """
-        put, batch_size = self._model.put, self._shape.batch_size
+        put, batch_size = self._model.put, self._shape.num_prompts
         parameters = self._model.parameters
         lengths_B = np.ones(batch_size, np.int32)
         cache, hidden_BD = self._cache, self._hidden_BD
@@ -91,17 +96,32 @@ class ResidentSteps:
             cache, hidden_BD = prefill_chunk(
                 parameters, cache, hidden_BD, token_ids_BL, start, put(lengths_B)
             )
+        self._hidden_BD = hidden_BD
+        self._warm_up_steps(cache, put(lengths_B), active_B)
+
+    def _warm_up_steps(self, cache: KVCache, lengths_B: jax.Array, active_B: jax.Array) -> None:
+        parameters, hidden_BD = self._model.parameters, self._hidden_BD
         token_ids_B, seen_BV = self._first_tokens(
-            parameters, hidden_BD, put(lengths_B), self._seen_BV, *self._sampling
+            parameters, hidden_BD, lengths_B, self._seen_BV, *self._sampling
         )
-        state = DecodeState(cache, put(lengths_B), token_ids_B, seen_BV)
+        state = DecodeState(cache, lengths_B, token_ids_B, seen_BV)
         state, token_ids_B = self._decode_step(parameters, state, active_B, *self._sampling)
         token_ids_B.block_until_ready()
-        self._cache, self._hidden_BD = state.cache, hidden_BD
+        self._cache = state.cache
 
     def prefill(
         self, padded_BL: np.ndarray, lengths_B: jax.Array, seen_BV: jax.Array | None
     ) -> tuple[DecodeState, jax.Array]:
+        cache, hidden_BD = self._read_prompts(padded_BL, lengths_B)
+        token_ids_B, seen_BV = self._first_tokens(
+            self._model.parameters, hidden_BD, lengths_B, seen_BV, *self._sampling
+        )
+        return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
+
+    def _read_prompts(
+        self, padded_BL: np.ndarray, lengths_B: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
+        """Returns the KV cache and the final hidden states of the prompts' last tokens."""
         model, cache, hidden_BD = self._model, self._cache, self._hidden_BD
         start = 0
         for size in self._shape.chunks:
@@ -110,11 +130,8 @@ class ResidentSteps:
                 model.parameters, cache, hidden_BD, chunk_BL, model.put(np.int32(start)), lengths_B
             )
             start += size
-        token_ids_B, seen_BV = self._first_tokens(
-            model.parameters, hidden_BD, lengths_B, seen_BV, *self._sampling
-        )
         del self._cache, self._hidden_BD, self._seen_BV
-        return DecodeState(cache, lengths_B, token_ids_B, seen_BV), token_ids_B
+        return cache, hidden_BD
 
     def step(self, state: DecodeState, active_B: jax.Array) -> tuple[DecodeState, jax.Array]:
         state, token_ids_B = self._decode_step(

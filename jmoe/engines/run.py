@@ -1,7 +1,7 @@
 """What all batches have in common on their way from prompts to tokens, in any engine.
 
 Prompts may differ in length. They are padded at the end and prefilled in chunks of bucketed
-length; what follows is the business of ``batch``.
+length; what follows is the business of ``batch`` and ``beam_run``.
 """
 
 import abc
@@ -16,7 +16,7 @@ from jmoe.config import ModelConfig
 from jmoe.engines.memory import ExplainShortage
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.prompts import pad_prompts
-from jmoe.engines.steps import BatchShape, Ending, Sampling, Steps
+from jmoe.engines.steps import BatchShape, BeamSteps, Ending, Sampling, Steps
 from jmoe.generation.options import GenerationOptions
 from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
@@ -32,7 +32,9 @@ class Engine(Protocol):
     device: jax.Device
     programs: ProgramCache
 
-    def longest_chunk(self, batch_size: int, num_positions: int) -> int:
+    def longest_chunk(
+        self, batch_size: int, num_positions: int, num_prompts: int | None = None
+    ) -> int:
         """Longest piece in which prompts of such a batch are prefilled (CapacityError)."""
         ...
 
@@ -47,6 +49,8 @@ class Engine(Protocol):
         ...
 
     def steps(self, shape: BatchShape) -> Steps: ...
+
+    def beam_steps(self, shape: BatchShape) -> BeamSteps: ...
 
 
 class Run(abc.ABC):
@@ -106,16 +110,18 @@ class Run(abc.ABC):
         """Yields what the caller gets, until nothing is left to do."""
 
     def _plan(self) -> BatchShape:
-        model, batch_size = self._model, len(self._prompts)
+        model, num_prompts = self._model, len(self._prompts)
+        batch_size = num_prompts * self._options.num_beams
         lengths = zip(self._prompts, self.max_new_tokens, strict=True)
         num_positions = max(len(prompt) + new_tokens for prompt, new_tokens in lengths)
-        longest = model.longest_chunk(batch_size, num_positions)
+        longest = model.longest_chunk(batch_size, num_positions, num_prompts)
         chunks = prompt_chunks(max(map(len, self._prompts)), longest)
         return BatchShape(
             batch_size=batch_size,
             chunks=tuple(chunks),
             capacity=kv_cache.bucket_capacity(max(num_positions, sum(chunks))),
             kind=SamplingKind.of(self._options),
+            num_beams=self._options.num_beams,
         )
 
     def _explaining(self, doing: str, *, copies: bool = True) -> ExplainShortage:
@@ -146,7 +152,8 @@ class Run(abc.ABC):
     def _ending(self) -> Ending:
         pairs = zip(self._prompts, self.max_new_tokens, strict=True)
         lengths = np.array([len(prompt) + new_tokens for prompt, new_tokens in pairs])
-        return Ending(tuple(self._options.stop_token_ids), lengths)
+        stop_token_ids = tuple(self._options.stop_token_ids)
+        return Ending(stop_token_ids, np.repeat(lengths, self._shape.num_beams))
 
     def _seen_in_prompts(self) -> np.ndarray:
         """Which tokens every prompt has: bool [N, V]."""
@@ -174,6 +181,7 @@ class Run(abc.ABC):
         shape = self._shape
         return GenerationStats(
             num_sequences=shape.batch_size,
+            num_beams=shape.num_beams,
             prefill_tokens=sum(map(len, self._prompts)),
             prefill_s=self._prefill_s,
             new_tokens=shape.batch_size + self._decode_tokens,

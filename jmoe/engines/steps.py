@@ -20,16 +20,22 @@ class BatchShape:
     """The sizes of a batch, which programs are compiled for.
 
     Attributes:
-      batch_size: sequences.
+      batch_size: sequences in decode steps: beams count one by one.
       chunks: lengths of the pieces in which prompts are prefilled, padding included.
       capacity: positions of the KV cache.
       kind: how tokens are chosen.
+      num_beams: sequences of each prompt.
     """
 
     batch_size: int
     chunks: tuple[int, ...]
     capacity: int
     kind: SamplingKind
+    num_beams: int = 1
+
+    @property
+    def num_prompts(self) -> int:
+        return self.batch_size // self.num_beams
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +89,19 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """Ends the batch, and waits until nothing of it is under way; may be called again."""
+        ...
+
+
+class BeamSteps(Steps, Protocol):
+    """A batch of beams in an engine, whose tokens the caller chooses.
+
+    ``prefill`` returns logits instead of tokens, [prompts, V], and a state of all beams, in which
+    those of a prompt are equal; ``step`` returns logits [B, V]. The caller puts tokens and lengths
+    into the state before each step.
+    """
+
+    def follow(self, cache: KVCache, copies: jax.Array) -> KVCache:
+        """Lets beams go on from others: see ``beam_programs.follow_parents``. Donates: cache."""
         ...
 
 

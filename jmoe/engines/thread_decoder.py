@@ -60,26 +60,32 @@ class ThreadDecoder:
     def compile(
         self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
     ) -> None:
-        model, shape, loop = self._model, self._shape, self._loop
+        model, loop = self._model, self._loop
         self._sampling = sampling
-        batch_size = shape.batch_size
+        batch_size = self._shape.batch_size
         int32_B = model.abstract((batch_size,), "int32")
         loop.compile(cache.layers, int32_B)
-        seen_BV = model.abstract_seen(batch_size, shape.kind)
         self._last = {
-            form: model.program(
-                layer_programs.last_experts,
-                *inputs,
-                model.ends,
-                int32_B,
-                active_B,
-                seen_BV,
-                *sampling,
-                layer=0,
-                kind=shape.kind,
-            )
+            form: self._compile_last(inputs, int32_B, active_B)
             for form, inputs in loop.inputs.items()
         }
+
+    def _compile_last(
+        self, inputs: LayerInputs, lengths_B: jax.ShapeDtypeStruct, active_B: jax.Array
+    ) -> jax.stages.Compiled:
+        """The program behind the last layer's router."""
+        model, shape = self._model, self._shape
+        return model.program(
+            layer_programs.last_experts,
+            *inputs,
+            model.ends,
+            lengths_B,
+            active_B,
+            model.abstract_seen(shape.batch_size, shape.kind),
+            *self._sampling,
+            layer=0,
+            kind=shape.kind,
+        )
 
     def warm_up(self, state: DecodeState, active_B: jax.Array) -> DecodeState:
         blanks = BlankExperts(self._model)

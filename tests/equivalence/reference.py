@@ -46,3 +46,30 @@ class Reference:
             )
             self._continuations[tuple(prompt)] = out[0, len(prompt) :].tolist()
         return self._continuations[tuple(prompt)]
+
+    def beams(
+        self, prompt: Sequence[int], *, stop_token_ids: Sequence[int] = (), **settings: Any
+    ) -> list[tuple[list[int], float]]:
+        """The sequences that beam search returns for one prompt, and their scores.
+
+        Args:
+          prompt: token ids.
+          stop_token_ids: that end a sequence.
+          settings: of ``generate``, by their names there.
+        """
+        prompt_ids = torch.tensor([prompt])
+        out = self._model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            eos_token_id=list(stop_token_ids) or None,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **settings,
+        )
+        new_tokens = out.sequences[:, len(prompt) :].tolist()
+        lengths = (out.beam_indices >= 0).sum(dim=1).tolist()  # without padding
+        scores = out.sequences_scores.tolist()
+        return [
+            (token_ids[:length], score)
+            for token_ids, length, score in zip(new_tokens, lengths, scores, strict=True)
+        ]
