@@ -95,10 +95,11 @@ def _formats(llm: "jmoe.LLM") -> str:
 
 def speeds(stats: "jmoe.GenerationStats") -> str:
     """One line about the speed of a generation."""
+    beams = f", all {stats.num_beams} beams together" if stats.num_beams > 1 else ""
     return (
         f"prefill {stats.prefill_tokens} tokens in {stats.prefill_s:.3f} s "
         f"({stats.prefill_tok_per_s:,.1f} tok/s), decode {stats.decode_tokens} tokens in "
-        f"{stats.decode_s:.3f} s ({stats.decode_tok_per_s:,.1f} tok/s); "
+        f"{stats.decode_s:.3f} s ({stats.decode_tok_per_s:,.1f} tok/s{beams}); "
         f"not counted: compilation, {stats.compile_s:.1f} s"
     )
 

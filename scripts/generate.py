@@ -14,11 +14,13 @@ Examples:
   python scripts/generate.py --policy=offload --device_memory_gib=0.02
   python scripts/generate.py --model=path/to/store --device_memory_gib=8 --dry_run
   python scripts/generate.py --policy=offload --link_gb_per_s=0.5 --trace_timeline=timeline.json
+  python scripts/generate.py --prompt='def mean(' --num_beams=4 --num_return_sequences=2
   cat question.txt | python scripts/generate.py --prompt=- --output=json
   python scripts/generate.py --prompt_file=prompts.jsonl --output=json
 """
 
 import _common
+import _generation_flags
 import _model_flags
 from absl import flags
 
@@ -33,20 +35,6 @@ _PROMPT_FILE = flags.DEFINE_string(
 _CHAT = flags.DEFINE_bool("chat", False, "Talk with the model: one line of stdin per turn.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message, for models with a chat template.")
 _RAW = flags.DEFINE_bool("raw", False, "Use prompts as they are, without the chat template.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest continuation, in tokens.")
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "0 is greedy. Default: the model's generation_config.json, or greedy."
-)
-_TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k most probable tokens; 0 is all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Sample among the fewest tokens that reach p.")
-_MIN_P = flags.DEFINE_float(
-    "min_p", None, "Sample among tokens at least this share as probable as the best."
-)
-_REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", None, "Above 1: makes tokens seen already less likely."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
-_STOP = flags.DEFINE_multi_string("stop", [], "End the text before this string; repeatable.")
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout carries.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the plan, where every byte goes, and end without reading weights."
@@ -74,16 +62,7 @@ def main() -> None:
 
     if _RAW.value and (_CHAT.value or _SYSTEM.value is not None):
         raise jmoe.RequestError("--raw goes without the chat template, --chat and --system need it")
-    options = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
-        "temperature": _TEMPERATURE.value,
-        "top_k": _TOP_K.value,
-        "top_p": _TOP_P.value,
-        "min_p": _MIN_P.value,
-        "repetition_penalty": _REPETITION_PENALTY.value,
-        "seed": _SEED.value,
-        "stop": _STOP.value,
-    }
+    options = _generation_flags.options()
     jmoe.check_options(**options)
     prompts = _prompts.read_prompts(_PROMPT.value, _PROMPT_FILE.value)
     if _CHAT.value and (prompts or _OUTPUT.value == "json"):
@@ -123,15 +102,27 @@ def _generate_json(llm, prompts: list, inputs: list, options: dict) -> dict:
     stats = results[0].stats
     for line in _common.describe_stats(stats):
         _common.note(line)
-    fields = ("prompt_token_ids", "token_ids", "text", "finish_reason")
     return {
         "results": [
-            {"prompt": prompt, **{name: getattr(result, name) for name in fields}}
+            {"prompt": prompt, **_result_json(result)}
             for prompt, result in zip(prompts, results, strict=True)
         ],
         "stats": {**stats.to_json(), "load_s": llm.load_s},
         "model": _common.model_json(llm),
     }
+
+
+def _result_json(result) -> dict:
+    """A result; with beams its score, too, and all sequences that are returned."""
+    fields = ["token_ids", "text", "finish_reason"]
+    more = {}
+    if result.score is not None:
+        fields.append("score")
+        more["sequences"] = [
+            {name: getattr(sequence, name) for name in fields} for sequence in result.sequences
+        ]
+    own = {name: getattr(result, name) for name in ("prompt_token_ids", *fields)}
+    return own | more
 
 
 if __name__ == "__main__":

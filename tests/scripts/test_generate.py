@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.processes import ROOT, command, environment, run_script
+from tests.scripts.processes import ROOT, assert_one_error, command, environment, run_script
 
 SHORT = ("--max_new_tokens=12",)
 
@@ -50,6 +50,41 @@ def test_text_and_json_say_the_same():
     text = run_script("generate.py", *flags).stdout.decode()
     answer = json.loads(run_script("generate.py", *flags, "--output=json").stdout)
     assert text == answer["results"][0]["text"] + "\n"
+
+
+def test_beams_are_printed_best_first_and_all_of_them_in_json():
+    flags = ("--prompt=class A", "--prompt=import os", "--num_beams=3", *SHORT)
+    answer = json.loads(
+        run_script("generate.py", *flags, "--num_return_sequences=2", "--output=json").stdout
+    )
+    for one in answer["results"]:
+        best, second = one["sequences"]
+        assert set(best) == {"token_ids", "text", "finish_reason", "score"}
+        assert best == {name: one[name] for name in best} and best["score"] > second["score"]
+    assert answer["stats"]["num_beams"] == 3
+    best = run_script("generate.py", *flags).stdout.decode()
+    texts = [one["text"] for one in answer["results"]]
+    assert best == f"=== 1/2 ===\n{texts[0]}\n=== 2/2 ===\n{texts[1]}\n"
+    both = run_script("generate.py", *flags, "--num_return_sequences=2").stdout.decode()
+    expected = ""
+    for i, one in enumerate(answer["results"], 1):
+        expected += f"=== {i}/2 ===\n"
+        for j, sequence in enumerate(one["sequences"], 1):
+            expected += f"--- {j}/2, score {sequence['score']:.4f} ---\n{sequence['text']}\n"
+    assert both == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num_return_sequences=2",), "num_return_sequences=2, num_beams=1"),
+        (("--num_beams=2", "--stop=x"), "stop strings do not go with beams"),
+        (("--early_stopping=true",), "early_stopping is for beams"),
+        (("--chat", "--num_beams=2", "--num_return_sequences=2"), "from one answer"),
+    ],
+)
+def test_settings_of_beams_that_contradict_each_other_are_one_error(flags, words):
+    assert_one_error(run_script("generate.py", *flags), words)
 
 
 def test_several_prompts_are_answered_in_order(tmp_path):
