@@ -94,7 +94,7 @@ class ExpertModel:
         self.host = host
         self.layout = ExpertLayout.of(config.hidden_size, config.intermediate_size, quant)
         assert policy.lookahead is not None
-        self.lookahead = policy.lookahead
+        self.lookahead: int = policy.lookahead
         self.num_predicted = policy.fetch
         self.programs = ProgramCache(device)
         self.last_programs: list[jax.stages.Compiled] = []

@@ -12,6 +12,7 @@ from jmoe.engines.programs import ProgramCache
 from jmoe.models.experts import experts_by_row
 from jmoe.native.choice import HostKernels
 from jmoe.quant.layout import ExpertLayout
+from jmoe.residency.host_experts import Tokens
 from jmoe.store.expert_store import ExpertStore
 
 
@@ -81,7 +82,7 @@ class HostCompute:
         self(0, x_TD, np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32))
 
     def __call__(
-        self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray
+        self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray, /
     ) -> np.ndarray:
         program = self._compiled[x_TD.shape[0], len(rows_R)]
         # Through numpy: the device may be another one.

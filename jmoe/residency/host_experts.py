@@ -27,6 +27,8 @@ JOIN_TIMEOUT_S = 1.0
 # A job takes milliseconds, and seconds if a machine swaps or a disk is slow.
 STALL_S = 120.0
 
+Tokens = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(slots=True)
 class HostCounters:
@@ -54,7 +56,7 @@ class Compute(Protocol):
     """Takes rows through experts of a layer."""
 
     def __call__(
-        self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray
+        self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray, /
     ) -> np.ndarray:
         """Args:
           layer: of the experts.
@@ -73,9 +75,9 @@ class HostJob:
 
     __slots__ = ("done", "error", "experts", "ids_R", "layer", "rows_R", "seconds", "x_TD", "y_RD")
 
-    def __init__(self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray):
+    def __init__(self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray):
         self.layer = layer
-        self.x_TD: jax.Array | None = x_TD
+        self.x_TD: Tokens | None = x_TD
         self.rows_R = rows_R
         self.ids_R = ids_R
         self.experts = np.unique(ids_R[ids_R >= 0]).tolist()
@@ -121,7 +123,7 @@ class HostExperts:
         self._finalizer = weakref.finalize(self, self._worker.stop)
         self._finalizer.atexit = False  # the thread is joined too, see _close_all
 
-    def start(self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray) -> HostJob:
+    def start(self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray) -> HostJob:
         """Begins a job; see ``Compute`` for the arguments.
 
         Raises:
@@ -192,7 +194,7 @@ class ThrottledCompute:
         self._expert_s = blob_bytes / bytes_per_s
 
     def __call__(
-        self, layer: int, x_TD: jax.Array, rows_R: np.ndarray, ids_R: np.ndarray
+        self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray, /
     ) -> np.ndarray:
         due_s = time.perf_counter() + self._expert_s * len(np.unique(ids_R[ids_R >= 0]))
         y_RD = self._inner(layer, x_TD, rows_R, ids_R)

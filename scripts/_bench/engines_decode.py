@@ -46,6 +46,7 @@ class _Contestant:
         if isinstance(engine, OffloadEngine):
             policy = dataclasses.replace(engine.plan.policy, **self.fields)
             engine.plan = dataclasses.replace(engine.plan, policy=policy)
+            assert policy.lookahead is not None
             engine.lookahead = policy.lookahead
         return subject.run(engine)
 

@@ -188,6 +188,8 @@ class Model:
         replan: Replan | None = None,
         host_side: HostSide | None = None,
     ) -> OffloadEngine:
+        eviction = plan.policy.eviction
+        assert eviction is not None
         engine = OffloadEngine(
             self.config,
             self.parameters,
@@ -198,7 +200,7 @@ class Model:
             plan=plan,
             link=link or self.link(),
             replan=replan,
-            eviction=make_eviction(plan.policy.eviction, seed=seed),
+            eviction=make_eviction(eviction, seed=seed),
             host_experts=host_side,
         )
         engine.programs = self.programs
@@ -332,13 +334,13 @@ class Needed:
         self.steps: list[list[set[int]]] = []
         need = engine.experts.need
 
-        def noting(layer: int, experts: Sequence[int]) -> None:
+        def noting(layer: int, experts: Sequence[int], elsewhere: Sequence[int] = ()) -> None:
             if layer == 0:
                 self.steps.append([])
             if layer == len(self.steps[-1]):
                 self.steps[-1].append(set())
             self.steps[-1][layer] |= set(experts)
-            need(layer, experts)
+            need(layer, experts, elsewhere)
 
         engine.experts.need = noting
 

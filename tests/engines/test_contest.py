@@ -2,7 +2,7 @@
 
 import pytest
 
-from jmoe.engines.contest import NUM_COUNTING, NUM_SETTLING, Contest
+from jmoe.engines.contest import NUM_COUNTING, NUM_SETTLING, Contest, Way
 
 
 def run(contest: Contest, thread_s: float, compiled_s: float, per_call: int = 1) -> list[str]:
@@ -44,7 +44,7 @@ def test_slow_first_tokens_and_a_stray_slow_one_decide_nothing():
 
 
 def test_of_several_ways_the_fastest_wins_and_the_best_predicted_begins():
-    seconds = {"thread": 4e-3, "split": 2e-3, "host": 3e-3, "compiled": 9e-3}
+    seconds: dict[Way, float] = {"thread": 4e-3, "split": 2e-3, "host": 3e-3, "compiled": 9e-3}
     contest = Contest(1, tuple(seconds))
     contest.predict({"thread": 3e-3, "split": 3.5e-3, "host": 2e-3, "compiled": 7e-3})
     assert contest.ways == ("host", "thread", "split")  # the other one is hopeless

@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_device(name, costs, misses):
         for batch_size, expected in zip((1, 3), decoded, strict=True):
             got = engine.decode_logits(some_tokens(model, batch_size, NUM_TOKENS))
             assert measures.nmse(got, expected).max() <= MAX_NMSE
-        assert engine.hybrid.host.counters.experts > 0
+        assert engine.hybrid is not None and engine.hybrid.host.counters.experts > 0
         engine.close()
 
 
@@ -71,12 +71,14 @@ def test_a_record_of_decisions_repeats_every_bit(name):
     )
     engine = make()
     expected = engine.decode_logits(tokens)
+    assert engine.splitter is not None
     record = list(engine.splitter.record)
     engine.close()
     assert any(record) and not all(record)
     # With another cache, which holds other experts at other times.
     for slots in (model.all_slots, (0,) * model.num_layers):
         engine = model.engine(slots, misses="split", prefill_chunk=CHUNK)
+        assert engine.splitter is not None
         engine.splitter.replay(record)
         np.testing.assert_array_equal(engine.decode_logits(tokens), expected)
         engine.close()
@@ -89,7 +91,9 @@ def test_the_greedy_text_is_that_of_the_device():
     for misses in ("split", "host"):
         engine = model.engine((2,) * model.num_layers, misses=misses)
         got, run = greedy(engine, [prompt], 200)
-        traffic = run.stats().residency.decode
+        residency = run.stats().residency
+        assert residency is not None
+        traffic = residency.decode
         assert got == expected and traffic.host_experts > 0
         assert (traffic.demand_loads > 0) == (misses == "split")
         engine.close()

@@ -31,15 +31,16 @@ def prompt_of(model: Model) -> list[int]:
 def engine_with(model: Model, compute, **options):
     """An engine whose host computes in another way."""
     engine = model.engine((1,) * model.num_layers, misses="host")
-    assert engine.hybrid is not None
-    engine.hybrid.host.close()
+    hybrid = engine.hybrid
+    assert hybrid is not None
+    hybrid.host.close()
 
     def wrapped(*arguments):
-        return compute(engine.hybrid.compute, *arguments)
+        return compute(hybrid.compute, *arguments)
 
     host = HostExperts(wrapped, model.blob_bytes, **options)
-    engine.hybrid = engine.hybrid._replace(host=host)
-    return engine
+    engine.hybrid = hybrid._replace(host=host)
+    return engine, host
 
 
 @pytest.mark.parametrize("failing_job", [0, 2, 5, 9])  # of prompt, and of decode steps
@@ -52,7 +53,7 @@ def test_a_failure_is_an_error_and_the_next_generation_is_right(model, expected,
             raise MemoryError("the host is out of memory")
         return inner(*arguments)
 
-    engine = engine_with(model, compute)
+    engine, _ = engine_with(model, compute)
     with pytest.raises(ComputeError, match=f"layer {failing_job % model.num_layers}, expert"):
         greedy(engine, [prompt_of(model)], NUM_TOKENS)
     got, _ = greedy(engine, [prompt_of(model)], NUM_TOKENS)
@@ -69,11 +70,11 @@ def test_a_halt_is_an_error_and_the_next_generation_is_right_when_it_is_over(mod
             go_on.wait()
         return inner(*arguments)
 
-    engine = engine_with(model, compute, stall_s=0.05)
+    engine, host = engine_with(model, compute, stall_s=0.05)
     for _ in range(2):
         with pytest.raises(ComputeError, match="come to a halt"):
             greedy(engine, [prompt_of(model)], NUM_TOKENS)
-    engine.hybrid.host._stall_s = 60.0
+    host._stall_s = 60.0
     go_on.set()
     got, _ = greedy(engine, [prompt_of(model)], NUM_TOKENS)
     assert got == expected
