@@ -25,7 +25,7 @@ WORKSPACE_SHARE = 1 / 4
 # an expert is copied: what comes too late for the next layer may come in time for a later one.
 LOOKAHEAD = {"load": 1, "split": 3, "host": 0, "auto": 3}
 # Copies that nobody waits for replace what is used least often, not what was used least recently:
-# docs/measurements/hybrid.md.
+# docs/hybrid.md.
 EVICTION = {"load": "lru", "split": "lfu", "host": "lfu", "auto": "lfu"}
 
 
