@@ -434,7 +434,8 @@ def load(
       threads: of those kernels; 0 takes all that XLA has.
       policy: "resident": all weights on the device; "offload": experts in host memory, and as many
         as there is room for on the device; "host": everything on the CPU; "auto": resident if
-        that fits, else offload. Or a Policy, or the name of a file with one.
+        that fits, else offload, by the engine and with the misses that turn out to be the fastest.
+        Or a Policy, or the name of a file with one.
       engine: with the policy offload, what takes decode steps: "thread", the host layer by layer,
         with a thread that copies experts, which is the default; "compiled", one program that finds
         and fetches experts itself; "auto", the faster of both on the first tokens.

@@ -64,8 +64,9 @@ THREADS = flags.DEFINE_integer(
 POLICY = flags.DEFINE_string(
     "policy",
     "auto",
-    "auto (resident if all fits into the device memory, else offload), resident, offload (experts "
-    "in host memory, as many as fit on the device), host (all on the CPU), or a policy file.",
+    "auto (resident if all fits into the device memory, else experts in host memory, and whatever "
+    "way of using them is the fastest on the first tokens), resident, offload (as many experts as "
+    "fit on the device, the others copied), host (all on the CPU), or a policy file.",
 )
 ENGINE = flags.DEFINE_enum(
     "engine",

@@ -154,7 +154,7 @@ class Setup(NamedTuple):
         """The plan for another batch (CapacityError); see ``engines.offload.Replan``."""
         policy = self.options.requested_policy
         if isinstance(policy, str):
-            policy = self.options.with_engine(Policy(mode="offload"))
+            policy = self.options.offload_policy
         if chunk is not None:
             policy = dataclasses.replace(policy, prefill_chunk=chunk)
         return make_plan(
@@ -230,7 +230,7 @@ def decide(
     dtype = _choose_dtype(options.dtype, config, device, quant)
     if options.record_routing and requested in ("auto", "resident"):
         requested = "offload"  # whose host knows what the routers choose
-    offload = options.with_engine(Policy(mode="offload"))
+    offload = options.offload_policy
     if requested == "offload":
         requested = offload
     limit, in_use, _ = device_memory(device)

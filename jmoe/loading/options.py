@@ -98,11 +98,27 @@ class LoadOptions:
         if self.engine is None and self.tokens_per_call is None and self.misses is None:
             return requested
         if requested == "auto":  # the plan decides
-            _ = self.with_engine(Policy(mode="offload"))  # which raises
+            _ = self.offload_policy  # which raises
             return requested
         if isinstance(requested, str):
             requested = Policy(mode=requested)
         return self.with_engine(requested)
+
+    @property
+    def offload_policy(self) -> Policy:
+        """How experts are offloaded if nothing more is said (ConfigError, RequestError).
+
+        By the policy auto in the way that turns out to be the fastest.
+        """
+        policy = Policy(mode="offload")
+        if self.policy == "auto" and not self.record_routing:
+            can_compile = self.link_gb_per_s is None
+            policy = Policy(
+                mode="offload",
+                engine="auto" if can_compile else "thread",
+                misses="load" if self.engine == "compiled" else "auto",
+            )
+        return self.with_engine(policy)
 
     def with_engine(self, policy: Policy) -> Policy:
         """A policy with the engine that is asked for (ConfigError, RequestError)."""
@@ -126,7 +142,7 @@ class LoadOptions:
         requested = self.requested_policy
         if isinstance(requested, Policy):
             return requested.engine
-        return self.with_engine(Policy(mode="offload")).engine
+        return self.offload_policy.engine
 
     @property
     def budget_bytes(self) -> int | None:

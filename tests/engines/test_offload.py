@@ -1,6 +1,7 @@
 """The offload engine: batches of all kinds, what it holds, what it compiles, and what it counts."""
 
 import gc
+import time
 from collections.abc import Iterator
 
 import jax
@@ -227,6 +228,10 @@ def test_there_are_never_more_experts_in_memory_than_places(model, slots, lookah
     assert 0 < link.peak <= places
     assert engine.experts.peak_places <= places
     engine.close()
+    for _ in range(200):  # a copy may be under way on the thread
+        if not link.num_alive:
+            break
+        time.sleep(0.05)
     assert link.num_alive == 0
 
 
