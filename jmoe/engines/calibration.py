@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 from jmoe.engines import probes
 from jmoe.engines.expert_probes import ExpertsOnDevice, ExpertsOnHost, hand_over
-from jmoe.engines.measuring import MIN_SAMPLES, Clock, Rounds
+from jmoe.engines.measuring import Clock, Rounds, num_needed
 from jmoe.engines.probes import Arena, Run, Subject
 from jmoe.planning import machine
 from jmoe.planning.hardware import Curve, ExpertTimes, HardwareSpec
@@ -29,8 +29,11 @@ MAX_SPREAD = 0.25
 MAX_CHANGE = 1.5
 
 _COPY_BYTES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
+_SMALL_BYTES = 1 << 20
 _BACK_BYTES = (1 << 12, 1 << 18, 1 << 24)
 _NUM_DISPATCHES = 32
+
+_BUSY = " on a busy machine: spread"
 
 # What is measured, by name; with a size where there are several.
 _READ_HOST, _READ_DEVICE = "read_host", "read_device"
@@ -45,7 +48,7 @@ _MORE_ROWS = (64, 16, 256, 4, 2)
 _MAX_CHECK_BYTES = 1 << 27
 _MAX_CHECK_BLOBS = 32
 _CHECK_S = 0.02
-# Of a float 0.01, in any format; and such memory is nowhere denormal.
+# As floats of any type 0.01, and so no denormal numbers, which are slow.
 _CHECK_BYTE = 0x3C
 
 
@@ -80,7 +83,7 @@ def calibrate(
         _add_link(rounds, subject, arena, link)
         experts = _Experts(rounds, subject, arena)
         experts.add()
-        busy = _repeat(rounds, experts, budget_s)
+        _repeat(rounds, experts, budget_s)
     device = subject.device
     rates = {name: num_bytes / rounds.seconds(name) for name, num_bytes in read_bytes.items()}
     host_rate = rates[_READ_HOST]
@@ -100,7 +103,7 @@ def calibrate(
         hand_over_s=rounds.seconds(_HAND_OVER),
         experts=(_times(rounds, subject),),
         spread=rounds.spread,
-        source=f"measured {_now()}{busy}",
+        source=_source(f"measured {_now()}", rounds.spread),
         fingerprint=fingerprint(subject),
     )
 
@@ -123,13 +126,14 @@ def calibrate_experts(
         _add_copy(rounds, link, arena, subject.layout.num_bytes)
         experts = _Experts(rounds, subject, arena)
         experts.add()
-        busy = _repeat(rounds, experts, budget_s)
+        _repeat(rounds, experts, budget_s)
     copies = _curve(rounds, _TO_DEVICE).points
+    spread = max(spec.spread, rounds.spread)
     spec = dataclasses.replace(
         spec,
         to_device=spec.to_device.with_points(copies),
-        spread=max(spec.spread, rounds.spread),
-        source=spec.source if busy in spec.source else spec.source + busy,
+        spread=spread,
+        source=_source(spec.source.partition(_BUSY)[0], spread),
     )
     return spec.with_experts(_times(rounds, subject))
 
@@ -222,13 +226,14 @@ def _add_machine(rounds: Rounds, subject: Subject, arena: Arena) -> dict[str, in
 
 
 def _add_link(rounds: Rounds, subject: Subject, arena: Arena, link: Link) -> None:
-    """Copies of several sizes, smallest first: as many as there is time for, but two."""
-    sizes = sorted({*_COPY_BYTES, subject.layout.num_bytes})
-    once_s = 0.0
-    for i, num_bytes in enumerate(size for size in sizes if size <= arena.memory.size):
-        growth = num_bytes / sizes[max(0, i - 1)]
-        if i < 2 or rounds.affords(2 * once_s * growth * (1 + MIN_SAMPLES)):
-            once_s = _add_copy(rounds, link, arena, num_bytes)
+    """Copies of several sizes, smallest first: as many as there is time for, but small ones."""
+    sizes = {*_COPY_BYTES, subject.layout.num_bytes}
+    per_byte_s = 0.0
+    for num_bytes in sorted(size for size in sizes if size <= arena.memory.size):
+        expected_s = 2 * per_byte_s * num_bytes  # each behind one that is not counted
+        repeats = 1 + num_needed(expected_s)
+        if num_bytes <= _SMALL_BYTES or rounds.affords(repeats * expected_s):
+            per_byte_s = _add_copy(rounds, link, arena, num_bytes) / num_bytes
 
 
 def _add_copy(rounds: Rounds, link: Link, arena: Arena, num_bytes: int) -> float:
@@ -263,7 +268,8 @@ class _Experts:
 
     def _affords(self, rows: int) -> bool:
         expected_s = Curve(points=tuple(sorted(self._both_s.items())))(rows)
-        return self._rounds.affords(self._prepare_s + expected_s * (1 + MIN_SAMPLES))
+        repeats = 1 + num_needed(expected_s / 2)
+        return self._rounds.affords(self._prepare_s + repeats * expected_s)
 
     def _add(self, rows: int) -> None:
         rounds = self._rounds
@@ -278,16 +284,17 @@ class _Experts:
         )
 
 
-def _repeat(rounds: Rounds, experts: _Experts, budget_s: float) -> str:
-    """Repeats everything, on a busy machine once more; returns what to say of that."""
+def _repeat(rounds: Rounds, experts: _Experts, budget_s: float) -> None:
+    """Repeats everything, on a busy machine once more."""
     rounds.repeat()
     if rounds.spread > MAX_SPREAD:
         rounds.extend(budget_s)
         experts.add()
         rounds.repeat()
-    if rounds.spread > MAX_SPREAD:
-        return f" on a busy machine: spread {rounds.spread:.0%}"
-    return ""
+
+
+def _source(measured: str, spread: float) -> str:
+    return measured + (f"{_BUSY} {spread:.0%}" if spread > MAX_SPREAD else "")
 
 
 def _curve(rounds: Rounds, what: str) -> Curve:

@@ -14,7 +14,7 @@ import numpy as np
 MIN_SAMPLES = 3
 MAX_SAMPLES = 40
 # Of what takes as long as that together, fewer samples will do.
-ENOUGH_S = 0.5
+ENOUGH_S = 0.2
 # What takes less is done several times in a row, where a row is what an engine does.
 ROW_S = 2e-3
 MAX_ROW = 8
@@ -23,6 +23,11 @@ MAX_ROW = 8
 _LEAST_S = 1e-9
 
 Clock = Callable[[], float]
+
+
+def num_needed(seconds: float) -> int:
+    """How many samples there have to be of what takes so long."""
+    return min(MIN_SAMPLES, math.ceil(ENOUGH_S / max(seconds, _LEAST_S)))
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,8 +43,7 @@ class _Probe:
     @property
     def num_missing(self) -> int:
         """Samples without which nothing can be said."""
-        enough = math.ceil(ENOUGH_S / self.cost_s) if self.cost_s > 0 else MIN_SAMPLES
-        return max(0, min(MIN_SAMPLES, enough) - len(self.samples))
+        return max(0, num_needed(self.cost_s) - len(self.samples))
 
 
 class Rounds:
