@@ -1,0 +1,1 @@
+"""What scripts/hardware.py prints."""
