@@ -81,8 +81,18 @@ def test_the_compiled_engine_tells_what_its_program_did(resident):
     assert "GB/s on average" in stderr
 
 
+def test_auto_makes_the_same_text_in_some_way(resident):
+    answer, _ = generate_json("--device_memory_gib=0.03")  # it does not fit whole
+    assert same_texts(answer, resident)
+    policy = answer["model"]["plan"]["policy"]
+    assert (policy["mode"], policy["engine"], policy["misses"]) == ("offload", "auto", "auto")
+    residency = answer["stats"]["residency"]
+    assert residency["way"] in ("thread", "split", "host", "compiled")
+    assert residency["predicted_step_s"] > 0
+
+
 def test_a_batch_within_a_budget_tells_exactly_what_happened(resident):
-    answer, stderr = generate_json("--device_memory_gib=0.03")  # auto: it does not fit whole
+    answer, stderr = generate_json("--policy=offload", "--device_memory_gib=0.03")
     assert same_texts(answer, resident)
     stats, plan = answer["stats"], answer["model"]["plan"]
     assert plan["policy"]["mode"] == "offload"
@@ -169,6 +179,7 @@ def test_a_policy_file_is_followed(resident, tmp_path):
         "slots": [0, 2, 8] * 4,
         "num_staging": 6,
         "eviction": "lfu",
+        "misses": "load",
         "lookahead": 2,
         "fetch": 3,
         "prefill_chunk": 16,
