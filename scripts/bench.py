@@ -21,6 +21,9 @@ Suites:
   engines what takes decode steps: the resident engine, the thread and the compiled one, with places
           for all experts and for half of them; how fast a program fetches experts, beside plain
           copies; what fetching ahead gives in a program; how long the program takes to compile
+  hybrid  missing experts copied, computed on the host, or both, on links held to --links and a host
+          held to --host_gb_per_s, beside what was predicted; time to the first token of long
+          prompts; beams together, beside as many sequences one after the other
 
 Examples:
   python scripts/bench.py
@@ -35,6 +38,7 @@ Examples:
   python scripts/bench.py --suite=offload --links=0.5,1,2 --parts=overlap,overhead
   python scripts/bench.py --suite=engines --parts=decode,ahead --repeats=9
   python scripts/bench.py --suite=engines --parts=compile --model=mixtral-8x7b --random_weights
+  python scripts/bench.py --suite=hybrid --parts=decode --links=0.5,1,2,4 --host_gb_per_s=2
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -53,6 +57,7 @@ _SUITES = {
     "convert": "_bench.convert",
     "offload": "_bench.offload",
     "engines": "_bench.engines",
+    "hybrid": "_bench.hybrid",
 }
 _PEERS = {"decode": ("transformers", "xla"), "kernels": ("torch",)}
 
@@ -85,16 +90,21 @@ _PARTS = flags.DEFINE_list(
     "parts",
     None,
     "What to measure of the suite offload: overlap,paper,overhead; of engines: "
-    "decode,fetch,ahead,compile. Default: all of it.",
+    "decode,fetch,ahead,compile; of hybrid: decode,prompts,beams. Default: all of it.",
 )
 _LAYERS = flags.DEFINE_list("layers", "12,32,56", "Suite engines: of the models to compile.")
-_LINKS = flags.DEFINE_list("links", "0.5,1,2", "Suite offload: speeds in GB/s (10^9 bytes).")
+_LINKS = flags.DEFINE_list(
+    "links", "0.5,1,2", "Suites offload and hybrid: speeds in GB/s (10^9 bytes)."
+)
+_SLOTS = flags.DEFINE_list("slots", "2,4", "Suite hybrid: experts per layer on the device.")
 _COPIES = flags.DEFINE_bool(
     "copies",
     True,
     "Suite offload on a CPU: really copy; --nocopies takes as long, without cores and memory.",
 )
-_PLOT = flags.DEFINE_string("plot", None, "Suite offload: SVG file for the part paper.")
+_PLOT = flags.DEFINE_string(
+    "plot", None, "SVG file for the part paper of the suite offload, or decode of hybrid."
+)
 _FORMAT = flags.DEFINE_enum(
     "format", "md", ["md", "jsonl"], "Of the ceiling and the rows; the last line is always JSON."
 )
@@ -124,6 +134,7 @@ def main() -> None:
         tokens=read_integers("tokens", _TOKENS.value),
         parts=check_parts(_PARTS.value, _SUITE.value),
         links=read_speeds("links", _LINKS.value),
+        slots=read_integers("slots", _SLOTS.value),
         copies=_COPIES.value,
         plot=_PLOT.value,
         layers=read_integers("layers", _LAYERS.value),

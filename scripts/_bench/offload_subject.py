@@ -13,7 +13,7 @@ from _bench.ceiling import Ceiling
 from _bench.report import Report
 from _bench.settings import Settings
 from jmoe.engines.contest import EngineName
-from jmoe.engines.offload import OffloadEngine
+from jmoe.engines.offload import HostSide, OffloadEngine
 from jmoe.engines.prediction import OraclePredictor
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
@@ -75,7 +75,7 @@ class OffloadSubject:
         loading["policy"] = Policy(
             mode="offload", lookahead=0, prefill_chunk=PREFILL_CHUNK, engine=engine
         )
-        for flag in ("link_gb_per_s", "link_latency_us"):
+        for flag in ("link_gb_per_s", "link_latency_us", "host_gb_per_s"):
             loading.pop(flag)
         llm = jmoe.load(settings.model, **loading, progress=True)
         assert isinstance(llm.engine, OffloadEngine)
@@ -137,6 +137,8 @@ class OffloadSubject:
         num_staging: int,
         lookahead: int,
         bytes_per_s: float | None,
+        *,
+        host_experts: HostSide | None = None,
         **policy_fields: Any,
     ) -> OffloadEngine:
         """An engine with so many slots per layer; None is the device's own link.
@@ -161,6 +163,7 @@ class OffloadSubject:
             plan=dataclasses.replace(base.plan, policy=policy),
             link=self.link(bytes_per_s),
             store=base.store,
+            host_experts=host_experts,
         )
         engine.programs = base.programs
         return engine
@@ -233,6 +236,7 @@ def check_flags(settings: Settings) -> None:
         "policy": ("auto", "leave it out"),
         "engine": (None, "leave it out; --suite=engines compares engines"),
         "tokens_per_call": (None, "leave it out; --suite=engines compares engines"),
+        "misses": (None, "leave it out; --suite=hybrid compares what becomes of them"),
         "device_memory_gib": (None, "leave it out"),
         "link_gb_per_s": (None, links),
     }

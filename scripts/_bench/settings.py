@@ -13,6 +13,7 @@ from jmoe.errors import RequestError
 PARTS: dict[str, tuple[str, ...]] = {
     "offload": ("overlap", "paper", "overhead"),
     "engines": ("decode", "fetch", "ahead", "compile"),
+    "hybrid": ("decode", "prompts", "beams"),
 }
 
 
@@ -33,7 +34,8 @@ class Settings:
     formats: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     parts: tuple[str, ...] = ()  # of suites that have some
-    links: tuple[float, ...] = ()  # bytes per second; of the suite offload, as the following
+    links: tuple[float, ...] = ()  # bytes per second; of the suites offload and hybrid
+    slots: tuple[int, ...] = ()  # per layer; of the suite hybrid
     copies: bool = True
     plot: str | None = None
     layers: tuple[int, ...] = ()  # of the programs that the suite engines compiles
@@ -41,8 +43,11 @@ class Settings:
     def __post_init__(self):
         if not self.batch_sizes:
             raise RequestError("--batch is empty", expected="numbers such as 1,4")
-        if self.plot is not None and "paper" not in self.parts:
-            raise RequestError("--plot draws the part paper", got=",".join(self.parts))
+        if self.plot is not None and not {"paper", "decode"} & set(self.parts):
+            raise RequestError(
+                "--plot draws the part paper of the suite offload, and decode of the suite hybrid",
+                got=",".join(self.parts),
+            )
         if not self.prompt_lengths and not self.new_tokens:
             raise RequestError(
                 "nothing to measure", do="give --prompt_lengths, or --new_tokens above 0"
