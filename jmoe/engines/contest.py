@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from jmoe.planning.policy import Misses
+
 # How decode steps are taken. By the host, layer by layer: "thread" loads all missing experts,
 # "split" has the host compute some of them, "host" all. Or by one program, "compiled".
 Way = Literal["thread", "split", "host", "compiled"]
@@ -17,8 +19,13 @@ MAX_WAYS = 3
 HOPELESS = 3.0
 
 
+# What becomes of missing experts in the ways of the host's loop.
+MISSES: dict[Way, Misses] = {"thread": "load", "split": "split", "host": "host"}
+WAYS: dict[Misses, Way] = {misses: way for way, misses in MISSES.items()}
+
+
 def engine_of(way: Way) -> EngineName:
-    return "compiled" if way == "compiled" else "thread"
+    return "thread" if way in MISSES else "compiled"
 
 
 class Contest:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jmoe.engines.contest import Way
+from jmoe.engines.contest import MISSES, Way
 from jmoe.engines.prediction import by_votes
 from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.modelled_link import ModelledLink
-from jmoe.planning.policy import Misses, Policy
+from jmoe.planning.policy import Policy
 from jmoe.planning.replay import Replay
 from jmoe.planning.splitting import Splitter
 from jmoe.residency.cache import SlotCache
@@ -32,8 +32,6 @@ NUM_TIMED = 3
 # By layer of one step: chosen experts, then those predicted for later layers, as
 # ``DecodeLoop.choices``: int32 [1 + N, T, W].
 Choices = Sequence[np.ndarray]
-
-_MISSES: dict[Way, Misses] = {"split": "split", "host": "host"}
 
 
 def forecast_s(
@@ -72,7 +70,8 @@ def forecast_s(
         min_free=max(0, top_k - smallest),
     )
     cache.fill(ExpertKey(layer, expert) for layer in held for expert in held[layer])
-    splitter = Splitter(costs, misses=_MISSES[way]) if way in _MISSES else None
+    misses = MISSES.get(way, "load")
+    splitter = None if misses == "load" else Splitter(costs, misses=misses)
     replay = Replay(cache, ModelledLink(costs.copy_s), step_s / num_layers, splitter)
     for choices in steps:
         for layer, choices_NTW in enumerate(choices):

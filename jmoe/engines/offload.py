@@ -12,7 +12,7 @@ from jmoe.engines import offload_scoring
 from jmoe.engines.batch import BatchRun
 from jmoe.engines.beam_offload import OffloadBeamSteps
 from jmoe.engines.beam_run import BeamRun
-from jmoe.engines.contest import Contest, Way
+from jmoe.engines.contest import MISSES, WAYS, Contest, Way
 from jmoe.engines.expert_model import ExpertModel
 from jmoe.engines.host_compute import HostCompute
 from jmoe.engines.layer_experts import Hybrid
@@ -28,7 +28,7 @@ from jmoe.planning.chunks import longest_chunk
 from jmoe.planning.cost import ExpertCosts
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.plan import Plan
-from jmoe.planning.policy import Misses, Policy
+from jmoe.planning.policy import Policy
 from jmoe.planning.splitting import Splitter
 from jmoe.planning.traces import TraceRecorder
 from jmoe.quant.spec import QuantSpec
@@ -271,7 +271,7 @@ class OffloadEngine(ExpertModel):
             return
         self.places.move_into_arrays()
         if self.splitter is not None:
-            self.splitter.misses = _MISSES[way]
+            self.splitter.misses = MISSES[way]
 
     def contest(self, batch_size: int) -> Contest | None:
         """Between the ways in which such batches may decode, if there are several."""
@@ -288,11 +288,11 @@ class OffloadEngine(ExpertModel):
         """How decode steps are taken now."""
         if self.places.in_slots:
             return "compiled"
-        return "thread" if self.splitter is None else _WAYS[self.splitter.misses]
+        return "thread" if self.splitter is None else WAYS[self.splitter.misses]
 
     def _ways(self, policy: Policy) -> tuple[Way, ...]:
         """In which a policy lets decode steps be taken."""
-        missing: list[Way] = [_WAYS[misses] for misses in policy.possible_misses]
+        missing: list[Way] = [WAYS[misses] for misses in policy.possible_misses]
         if policy.engine == "thread":
             return tuple(missing)
         by_program: list[Way] = ["compiled"]
@@ -384,10 +384,6 @@ class OffloadEngine(ExpertModel):
             self.hybrid.compute.close()
         self.places.close()
         self.store.close()
-
-
-_MISSES: dict[Way, Misses] = {"thread": "load", "split": "split", "host": "host"}
-_WAYS: dict[Misses, Way] = {misses: way for way, misses in _MISSES.items()}
 
 
 def _store(model: ExpertModel, as_arrays: bool) -> ExpertStore:

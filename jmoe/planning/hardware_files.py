@@ -6,7 +6,6 @@ JMOE_CACHE_DIR, or jmoe in XDG_CACHE_HOME, or ~/.cache/jmoe.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from jmoe.errors import ConfigError
 from jmoe.planning.hardware import HardwareSpec
-from jmoe.store.json_files import read_json_object
+from jmoe.store.json_files import json_lines, read_json_object
 from jmoe.store.safetensors_writer import write_file
 
 _PACKAGE = Path(__file__).parents[1]
@@ -139,5 +138,4 @@ def save_cached(spec: HardwareSpec, directory: Path) -> str | None:
 
 def to_text(spec: HardwareSpec) -> str:
     """The contents of a hardware file, a line for each field."""
-    fields = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in spec.to_json().items()]
-    return "\n".join(["{", ",\n".join(fields), "}", ""])
+    return json_lines(spec.to_json())

@@ -17,7 +17,7 @@ from jmoe.residency.array_cache import RULES, make_pools
 from jmoe.residency.eviction import EVICTIONS
 from jmoe.residency.experts import MAX_IN_FLIGHT
 from jmoe.residency.switching import NUM_COPY_PLACES, NUM_READ_PLACES
-from jmoe.store.json_files import read_json_object
+from jmoe.store.json_files import json_lines, read_json_object
 from jmoe.store.safetensors_writer import write_file
 
 Mode = Literal["resident", "offload", "host"]
@@ -265,10 +265,7 @@ class Policy:
           RequestError: the file system refuses.
         """
         path = Path(path)
-        fields = [
-            f" {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_json().items()
-        ]
-        text = "\n".join(["{", ",\n".join(fields), "}", ""])
+        text = json_lines(self.to_json())
         try:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -81,6 +81,7 @@ class Splitter:
         self.misses: Misses = misses
         self._replay: Iterator[Sequence[int]] | None = None
         self.clock = clock
+        self._backlog_s = 0.0
         self._layer_s = 0.0
         self._last_s: float | None = None
         self._layer = 0

@@ -1,7 +1,9 @@
-"""Reading the small JSON files of a model directory, each failure one sentence."""
+"""Small JSON files: reading, each failure one sentence, and writing, a line for each field."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jmoe.errors import CheckpointError, ConfigError, JmoeError
 
@@ -45,3 +47,9 @@ def read_config_json(directory: Path) -> dict:
         ConfigError,
         missing_do="name a directory in Hugging Face format",
     )
+
+
+def json_lines(value: Mapping[str, Any]) -> str:
+    """An object as the text of a file, a line for each field."""
+    fields = [f" {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()]
+    return "\n".join(["{", ",\n".join(fields), "}", ""])

@@ -9,6 +9,7 @@ from _bench.report import Report
 from _bench.settings import Settings
 from _bench.statistics import summarize
 from _bench.turns import watch_turns
+from jmoe.engines import contest
 from jmoe.errors import RequestError
 
 _Row = dict[str, Any]
@@ -103,16 +104,13 @@ def _conclude(rows: list[_Row]) -> dict[str, Any]:
     regrets = []
     for auto in (row for row in rows if row["way"] == "auto"):
         same = [r for r in rows if _point_of(r) == _point_of(auto) and r["way"] != "auto"]
-        speeds = {_NAMES[r["way"]]: r["tok_per_s"]["median"] for r in same}
+        speeds = {contest.WAYS[r["way"]]: r["tok_per_s"]["median"] for r in same}
         regrets.append(1 - speeds[auto["chosen"]] / max(speeds.values()))
     return {
         "prediction_errors": summarize(errors).to_json() if errors else None,
         "split_over_better": {"min": min(split), "max": max(split)} if split else None,
         "auto_regrets": regrets,
     }
-
-
-_NAMES = {"load": "thread", "host": "host", "split": "split"}
 
 
 def _point_of(row: _Row) -> tuple[float, int]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from _bench.svg import picture, text
+
 _COLOURS = {"load": "#d9730d", "host": "#9b9b9b", "split": "#0b6e99", "bound": "#448361"}
 _LABELS = {
     "load": "offload: copied",
@@ -23,20 +25,16 @@ def draw(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """
     slots = list(dict.fromkeys(row["slots_per_layer"] for row in rows))
     width = len(slots) * (_WIDTH + _GAP)
-    parts = [_text(_LEFT, 18, "Decode speed over the speed of the link", "start", bold=True)]
+    parts = [text(_LEFT, 18, "Decode speed over the speed of the link", "start", bold=True)]
     for i, (way, label) in enumerate(_LABELS.items()):
         x = _LEFT + 150 * i
         parts.append(f'<path d="M{x} 33h16" stroke="{_COLOURS[way]}" stroke-width="2"/>')
-        parts.append(_text(x + 21, 37, label, "start"))
+        parts.append(text(x + 21, 37, label, "start"))
     for i, number in enumerate(slots):
         panel = [row for row in rows if row["slots_per_layer"] == number]
         parts += _panel(i * (_WIDTH + _GAP), f"{number} slots per layer", panel)
-    parts.append(_text(width / 2, _HEIGHT - 6, title))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
-        f'width="{width}" height="{_HEIGHT}" font-family="sans-serif" fill="#333">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
-    )
+    parts.append(text(width / 2, _HEIGHT - 6, title))
+    return picture(width, _HEIGHT, parts)
 
 
 def _panel(offset: float, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -54,12 +52,12 @@ def _panel(offset: float, name: str, rows: Sequence[Mapping[str, Any]]) -> list[
     def y(speed: float) -> float:
         return round(bottom - min(speed, top) / top * (bottom - _TOP), 1)
 
-    parts = [_text(offset + _LEFT + (_WIDTH - _LEFT) / 2, _TOP - 8, name)]
+    parts = [text(offset + _LEFT + (_WIDTH - _LEFT) / 2, _TOP - 8, name)]
     for i in range(round(top / step) + 1):
         parts.append(f'<path d="M{offset + _LEFT} {y(i * step)}H{offset + _WIDTH}" stroke="#eee"/>')
-        parts.append(_text(offset + _LEFT - 6, y(i * step) + 4, f"{i * step:g}", "end"))
+        parts.append(text(offset + _LEFT - 6, y(i * step) + 4, f"{i * step:g}", "end"))
     for link in links:
-        parts.append(_text(x(link), bottom + 16, f"{link / 1e9:g} GB/s"))
+        parts.append(text(x(link), bottom + 16, f"{link / 1e9:g} GB/s"))
     by_way: dict[str, list[tuple[float, float]]] = {}
     for row in sorted(rows, key=lambda row: row["link_bytes_per_s"]):
         by_way.setdefault(row["way"], []).append(
@@ -81,12 +79,3 @@ def _panel(offset: float, name: str, rows: Sequence[Mapping[str, Any]]) -> list[
                 f"{_LABELS[way]}, {link / 1e9:g} GB/s: {speed:.3g} tokens/s</title></circle>"
             )
     return parts
-
-
-def _text(
-    x: float, y: float, text: str, anchor: str = "middle", *, size: int = 11, bold: bool = False
-) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return (
-        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{weight}>{text}</text>'
-    )

@@ -85,7 +85,7 @@ class HybridSubject:
         """An engine of its own, on the programs and weights of all."""
         base = self.offload.base
         layers = base.num_layers
-        engine = self.offload.engine(
+        return self.offload.engine(
             slots,
             NUM_STAGING,
             min(LOOKAHEAD[way], layers - 1),
@@ -95,8 +95,6 @@ class HybridSubject:
             eviction=EVICTION[way],
             prefill_chunk=512,
         )
-        engine.programs = base.programs
-        return engine
 
     def _host_side(self, link_bytes_per_s: float) -> HostSide:
         costs = ExpertCosts.of(

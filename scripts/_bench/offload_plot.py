@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from _bench.svg import picture, text
+
 ROWS = ("naive", "without LRU and pre-loading", "without pre-loading", "full")
 
 # Tokens per second in the order of ROWS: https://arxiv.org/abs/2312.17238, table 2. Naive on the
@@ -43,7 +45,7 @@ def draw(title: str, ours: Mapping[str, Mapping[str, float]]) -> str:
     parts = []
     for i in range(round(top / step) + 1):
         parts.append(f'<path d="M{_LEFT} {y(i * step)}H{width - 12}" stroke="#e3e3e3"/>')
-        parts.append(_text(_LEFT - 6, y(i * step) + 4, f"{i * step:g}", "end"))
+        parts.append(text(_LEFT - 6, y(i * step) + 4, f"{i * step:g}", "end"))
     for i, (name, speeds) in enumerate(groups.items()):
         is_ours = i >= len(PAPER)
         left = _LEFT + 8 + i * _GROUP + (12 if is_ours else 0)
@@ -53,31 +55,18 @@ def draw(title: str, ours: Mapping[str, Mapping[str, float]]) -> str:
                 f'<rect x="{x}" y="{y(ratio)}" width="{_BAR}" height="{bottom - y(ratio):g}" '
                 f'fill="{_COLOURS[j]}"><title>{name}, {row}: {speed:.3g} tokens/s</title></rect>'
             )
-            parts.append(_text(x + _BAR / 2, y(ratio) - 4, f"{ratio:.1f}", size=9))
+            parts.append(text(x + _BAR / 2, y(ratio) - 4, f"{ratio:.1f}", size=9))
         middle = left + 2 * (_BAR + 1)
-        parts.append(_text(middle, bottom + 16, name))
-        parts.append(_text(middle, bottom + 30, f"naive: {speeds[0]:.3g} tok/s", size=9))
+        parts.append(text(middle, bottom + 16, name))
+        parts.append(text(middle, bottom + 30, f"naive: {speeds[0]:.3g} tok/s", size=9))
     border = _LEFT + 10 + len(PAPER) * _GROUP
     parts.append(f'<path d="M{border} {_TOP - 20}V{bottom + 34}" stroke="#666"/>')
-    parts.append(_text(border - 8, _TOP - 8, "Mixtral-8x7B, Eliseev and Mazur, table 2", "end"))
-    parts.append(_text(border + 8, _TOP - 8, "here", "start"))
-    parts.append(_text(width / 2, _HEIGHT - 8, f"here: {title}"))
-    parts.append(_text(_LEFT, 18, "Speed of decoding, as a multiple of naive", "start", bold=True))
+    parts.append(text(border - 8, _TOP - 8, "Mixtral-8x7B, Eliseev and Mazur, table 2", "end"))
+    parts.append(text(border + 8, _TOP - 8, "here", "start"))
+    parts.append(text(width / 2, _HEIGHT - 8, f"here: {title}"))
+    parts.append(text(_LEFT, 18, "Speed of decoding, as a multiple of naive", "start", bold=True))
     for j, (row, colour) in enumerate(zip(ROWS, _COLOURS, strict=True)):
         x = _LEFT + 4 + 210 * j
         parts.append(f'<rect x="{x}" y="28" width="10" height="10" fill="{colour}"/>')
-        parts.append(_text(x + 15, 37, row, "start"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
-        f'width="{width}" height="{_HEIGHT}" font-family="sans-serif" fill="#333">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
-    )
-
-
-def _text(
-    x: float, y: float, text: str, anchor: str = "middle", *, size: int = 11, bold: bool = False
-) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return (
-        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{weight}>{text}</text>'
-    )
+        parts.append(text(x + 15, 37, row, "start"))
+    return picture(width, _HEIGHT, parts)
