@@ -67,15 +67,15 @@ def choose_host_memory(
       CapacityError: "ram" was asked for and does not fit.
     """
     check_choice(requested)
-    sizes = f"{_size(num_bytes)} of experts, {_size(available_bytes)} of memory free"
+    sizes = f"{format_size(num_bytes)} of experts, {format_size(available_bytes)} of memory free"
     if requested == "mmap":
         return "mmap", "as asked for"
     if requested == "ram":
         if num_bytes > available_bytes:
             raise CapacityError(
                 "the experts do not fit into host memory",
-                got=f"{_size(available_bytes)} available",
-                expected=_size(num_bytes),
+                got=f"{format_size(available_bytes)} available",
+                expected=format_size(num_bytes),
                 do="use --host_memory=mmap, or convert to fewer bits",
             )
         return "ram", "as asked for"
@@ -107,7 +107,7 @@ def map_file(part: FileRange) -> np.ndarray:
             f"{part.path.name} cannot be mapped into memory",
             where=part.path.parent,
             got=getattr(error, "strerror", None) or error,
-            do="use --host_memory=ram",
+            do="copy it to another file system, or use --host_memory=ram if there is room for it",
         ) from None
     # No other advice: to read ahead is what the system does by itself, and reading everything
     # at once, or dropping what was read, is what a mapped file is chosen to avoid.
@@ -130,7 +130,7 @@ def allocate(num_bytes: int) -> np.ndarray:
         raise CapacityError(
             "the system gives no more memory",
             got=getattr(error, "strerror", None) or error,
-            expected=_size(num_bytes),
+            expected=format_size(num_bytes),
             do="use --host_memory=mmap",
         ) from None
     _advise_huge_pages(mapped)
@@ -185,6 +185,7 @@ def _advise_huge_pages(mapped: mmap.mmap) -> None:
             mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _size(num_bytes: int) -> str:
+def format_size(num_bytes: int) -> str:
+    """In GiB or MiB."""
     gib = num_bytes / 2**30
     return f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
