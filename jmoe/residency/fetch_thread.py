@@ -39,6 +39,7 @@ class FetchState:
         read_blob: Callable[[ExpertKey], np.ndarray],
         max_in_flight: int,
         on_transfer: Callable[[Transfer], None] | None,
+        is_ready: Callable[[ExpertKey], bool] | None = None,
     ):
         self.lock = threading.Lock()
         self.jobs: dict[ExpertKey, Job] = {}
@@ -53,6 +54,7 @@ class FetchState:
         self._read_blob = read_blob
         self._max_in_flight = max_in_flight
         self._on_transfer = on_transfer
+        self._is_ready = is_ready
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # may be put to in a finalizer
         self._idle = False  # the thread waits for the bell, or is about to
         self._thread: threading.Thread | None = None
@@ -98,6 +100,11 @@ class FetchState:
     def wake(self) -> None:
         if self._idle:
             self._bell.put(None)
+
+    def look_again(self) -> None:
+        """Says that a prefetch may have become ready. From any thread."""
+        # Always, as the thread may have looked a moment ago and be about to listen.
+        self._bell.put(None)
 
     def stop(self) -> None:
         """Lets the thread end. Takes no lock: a finalizer may call it, on any thread."""
@@ -163,13 +170,19 @@ class FetchState:
         if len(self.flying) >= self._max_in_flight:
             return None
         for waiting in (self.demands, self.prefetches):
-            while waiting:
-                job = waiting.pop(next(iter(waiting)))
-                if not job.started and self.jobs.get(job.key) is job:
+            for job in list(waiting.values()):
+                is_wanted = not job.started and self.jobs.get(job.key) is job
+                if is_wanted and waiting is self.prefetches and not self._may_start(job):
+                    continue
+                del waiting[job.key]
+                if is_wanted:
                     job.started = True
                     self.flying.append(job)
                     return job
         return None
+
+    def _may_start(self, prefetch: Job) -> bool:
+        return self._is_ready is None or self._is_ready(prefetch.key)
 
     def _start(self, job: Job) -> None:
         job.started_s = time.perf_counter()

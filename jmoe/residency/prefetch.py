@@ -37,6 +37,7 @@ class Fetcher:
         max_in_flight: int = 2,
         max_queued: int = 256,
         on_transfer: Callable[[Transfer], None] | None = None,
+        is_ready: Callable[[ExpertKey], bool] | None = None,
     ):
         """Args:
         link: what moves them. Closed together with the fetcher.
@@ -46,9 +47,12 @@ class Fetcher:
           does not wait for the host in between.
         max_queued: how many prefetches may wait.
         on_transfer: called for every copy that has arrived, on the thread; must be quick.
+        is_ready: whether an expert's bytes are in memory. Prefetches of others wait, so that the
+          thread does not: a demand might come meanwhile. Called on the thread; must be quick, and
+          not refer to the fetcher. When it may have changed, ``look_again`` is to be called.
         """
         assert max_in_flight >= 1 and max_queued >= 0
-        self._state = FetchState(link, read_blob, max_in_flight, on_transfer)
+        self._state = FetchState(link, read_blob, max_in_flight, on_transfer, is_ready)
         self._max_queued = max_queued
         self._finalizer = weakref.finalize(self, self._state.stop)
         self._finalizer.atexit = False  # at exit the thread is joined too, see fetch_thread.py
@@ -154,6 +158,11 @@ class Fetcher:
         """Whether ``wait`` would not block."""
         job = self._state.jobs.get(key)
         return job is None or job.done
+
+    @property
+    def look_again(self) -> Callable[[], None]:
+        """Says that ``is_ready`` may have changed; a method that does not refer to the fetcher."""
+        return self._state.look_again
 
     @property
     def in_flight(self) -> frozenset[ExpertKey]:

@@ -262,3 +262,22 @@ def test_an_array_that_fails_after_it_was_handed_out_is_its_users_matter():
         fetcher.demand(_keys(0))
         fetcher.wait(_key(0))
         held.let_arrive()
+
+
+def test_what_is_not_ready_waits_and_lets_others_pass():
+    """Whose bytes come from a disk: the thread must be free for what is needed meanwhile."""
+    link, ready = HeldLink(), set()
+    with Fetcher(link, make_blob, is_ready=lambda key: key.expert in ready) as fetcher:
+        fetcher.prefetch(_keys(0, 1, 2, 3))
+        assert not link.started
+        ready |= {2, 3}
+        fetcher.look_again()
+        link.await_started(2)
+        fetcher.demand(_keys(5, 0))  # needed now: promoted, ready or not
+        assert fetcher.cancel(_key(1))
+        link.let_arrive(8)
+        for key in _keys(0, 2, 3, 5):
+            fetcher.wait(key)
+        assert _order(link) == [2, 3, 5, 0]
+        fetcher.look_again()  # of which nothing comes
+    fetcher.look_again()
