@@ -13,11 +13,13 @@ import psutil
 class _CgroupFiles(NamedTuple):
     limit: str
     use: str
-    inactive: str  # key in memory.stat
+    files: tuple[str, str]  # keys in memory.stat
 
 
-_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
+_V1 = _CgroupFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+)
+_V2 = _CgroupFiles("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 class DeviceMemory(NamedTuple):
@@ -57,7 +59,7 @@ def _cgroup_limits(
 ) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of each control group around this process that has a limit.
 
-    Use is without inactive file pages, which the system drops first.
+    Use is without pages of files, which the system drops, but for those that are locked.
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
     limits = []
@@ -79,8 +81,8 @@ def _cgroup_limits(
             use = _read_lines(directory / files.use)
             if limit and use and limit[0].isdigit():  # "max" is none
                 stat = dict(entry.split(" ", 1) for entry in _read_lines(directory / "memory.stat"))
-                inactive = int(stat.get(files.inactive, 0))
-                limits.append((int(limit[0]), max(0, int(use[0]) - inactive)))
+                dropped = sum(int(stat.get(name, 0)) for name in files.files)
+                limits.append((int(limit[0]), max(0, int(use[0]) - dropped)))
     return limits
 
 

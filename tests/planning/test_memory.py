@@ -34,7 +34,7 @@ def test_version_2_limits_of_this_group_and_of_those_around_it(tmp_path: Path):
         {
             "memory.max": "900\n",
             "memory.current": "400\n",
-            "memory.stat": "anon 300\ninactive_file 90\n",
+            "memory.stat": "anon 300\nactive_file 30\ninactive_file 60\nunevictable 7\n",
         },
     )
     _group(tmp_path / "pod" / "job" / "task", {"memory.max": "max\n", "memory.current": "9\n"})
@@ -49,7 +49,7 @@ def test_version_1_limit_inside_a_container(tmp_path: Path):
         {
             "memory.limit_in_bytes": "1000\n",
             "memory.usage_in_bytes": "800\n",
-            "memory.stat": "inactive_file 1\ntotal_inactive_file 300\n",
+            "memory.stat": "inactive_file 1\ntotal_inactive_file 200\ntotal_active_file 100\n",
         },
     )
     proc = tmp_path / "cgroup"
