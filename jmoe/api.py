@@ -385,6 +385,9 @@ def load(
     quant: str | None = None,
     method: Method = "hqq",
     host_memory: str = "auto",
+    read_ahead: bool = True,
+    lock_memory_gib: float | None = None,
+    popularity: str | Path | None = None,
     random_weights: bool = False,
     num_layers: int | None = None,
     seed: int = 0,
@@ -423,6 +426,11 @@ def load(
       method: how to quantize: "hqq", or "rtn" (round to nearest), which is faster.
       host_memory: of a converted store: "mmap" maps its files, "ram" reads them into
         memory of its own, "auto" is ram if there is room.
+      read_ahead: of experts in mapped files: read those that are predicted before they are needed.
+      lock_memory_gib: of experts in mapped files: so much of them is kept in memory, of those that
+        are used most. None is a share of what is free if they do not all fit, else nothing.
+      popularity: file of recorded routing (``LLM.routing``) that says which ones those are to begin
+        with; without it that is learnt from use.
       random_weights: fill the shape of a known model ("mixtral-8x7b") or of a config.json
         with random weights instead, with the embedded model's tokenizer.
       num_layers: with random weights: instead of the shape's own number.
@@ -472,6 +480,9 @@ def load(
         quant=quant,
         method=method,
         host_memory=host_memory,
+        read_ahead=read_ahead,
+        lock_memory_gib=lock_memory_gib,
+        popularity=popularity,
         random_weights=random_weights,
         num_layers=num_layers,
         seed=seed,

@@ -120,6 +120,53 @@ class ResidencyStats:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DiskTraffic:
+    """What experts in mapped files did during one phase of a call.
+
+    The resident engine reads experts where they lie, and nobody counts them: only read_bytes is
+    not 0 then.
+    """
+
+    read_bytes: int | None  # that the process had disks read, also beside experts; if known
+    needed: int  # experts whose bytes were asked for, by a copy to the device or the CPU
+    waited_for: int | None  # of those, some bytes of which were not in memory; if known
+    missing_bytes: int  # that were not
+    waited_s: float  # until they were
+    read_ahead: int  # experts that were predicted, and had to be read
+    useful: int  # of those: in memory when they were needed
+    late: int  # of those: needed while they were being read
+    useless: int  # of those: not needed by the token they were predicted for
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nothing happened."""
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: 0 for field in fields})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DiskStats:
+    """What it costs that experts are mapped from files instead of being in memory.
+
+    Attributes:
+      prefill: what happened while prompts were read.
+      decode: what happened in decode steps.
+      expert_bytes: of one expert.
+      locked_experts: that stay in memory.
+      locked_bytes: the same.
+      bytes_per_s: at which the disk gave experts when the model was loaded; None if nothing was
+        missing then.
+    """
+
+    prefill: DiskTraffic
+    decode: DiskTraffic
+    expert_bytes: int
+    locked_experts: int
+    locked_bytes: int
+    bytes_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStats:
     """Work and time of one call to generate, over all its sequences.
 
@@ -140,6 +187,7 @@ class GenerationStats:
     compiled_programs: int  # in this call; 0 once warm
     residency: ResidencyStats | None = None  # of engines that move experts
     num_beams: int = 1  # sequences of each prompt
+    disk: DiskStats | None = None  # of experts in mapped files
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -149,11 +197,20 @@ class GenerationStats:
     def decode_tok_per_s(self) -> float:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
+    @property
+    def disk_bytes_per_token(self) -> float | None:
+        """Read from disks in decode steps; None if that is not known, or nothing was decoded."""
+        read_bytes = self.disk and self.disk.decode.read_bytes
+        if read_bytes is None or not self.decode_tokens:
+            return None
+        return read_bytes / self.decode_tokens
+
     def to_json(self) -> dict:
         return dataclasses.asdict(self) | {
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
             "residency": self.residency and self.residency.to_json(),
+            "disk_bytes_per_token": self.disk_bytes_per_token,
         }
 
 

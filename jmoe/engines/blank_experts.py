@@ -28,6 +28,9 @@ class BlankExperts:
     def fill(self, layer: int, wanted: Sequence[int]) -> None:
         pass
 
+    def foresee(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+        pass
+
     def predict(
         self,
         predictions: Iterable[tuple[int, Sequence[int]]],

@@ -1,6 +1,7 @@
 """Experts computed on the host, by programs of the CPU backend, out of the store's own bytes."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,10 @@ class HostCompute:
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._layers: dict[int, jax.Array] = {}
 
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """Says that these will be computed now. By the engine's thread, before the job starts."""
+        self._store.expect(layer, experts)
+
     def compile(self, num_tokens: int, num_rows: int) -> None:
         """Compiles the program for so many tokens and rows, if that was not done."""
         if (num_tokens, num_rows) in self._compiled:
@@ -85,6 +90,7 @@ class HostCompute:
         self, layer: int, x_TD: Tokens, rows_R: np.ndarray, ids_R: np.ndarray, /
     ) -> np.ndarray:
         program = self._compiled[x_TD.shape[0], len(rows_R)]
+        self._store.bring(layer, np.unique(ids_R[ids_R >= 0]).tolist())
         # Through numpy: the device may be another one.
         x_TD, rows_R, ids_R = jax.device_put((np.asarray(x_TD), rows_R, ids_R), self._device)
         return np.asarray(program(x_TD, rows_R, ids_R, self._blobs(layer)))

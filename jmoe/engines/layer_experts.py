@@ -180,6 +180,7 @@ class LayerExperts:
         """Has the host compute its share while the device computes what is there or comes."""
         chosen_A = choices_NTW[0, :, : self._top_k].ravel()
         ids_R = np.where(np.isin(chosen_A, ways.host), chosen_A, -1).astype(np.int32)
+        hybrid.compute.expect(layer, ways.host)
         job = hybrid.host.start(layer, routed.normed_TD, self._rows_R, ids_R)
         others = [*ways.here, *ways.coming]
         fits = len(others) <= self._model.max_needed(layer)

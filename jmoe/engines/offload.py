@@ -41,6 +41,7 @@ from jmoe.residency.link import Link
 from jmoe.residency.slot_array import SlotArray, host_arrays
 from jmoe.residency.switching import SwitchingExperts
 from jmoe.residency.timeline import Timeline
+from jmoe.store.disk_tier import DiskTier
 from jmoe.store.expert_store import ExpertStore
 
 
@@ -152,7 +153,7 @@ class OffloadEngine(ExpertModel):
         )
         store = self.store  # the fetcher's thread must not refer to the engine
         self.places = SwitchingExperts(
-            DeviceExperts(link, lambda key: store.layer(key.layer)[key.expert], cache, timeline),
+            DeviceExperts(link, store.blob, cache, timeline, store.disk),
             self.layout.num_bytes,
             config.router.top_k,
             self._make_slots if self.host_blobs else None,
@@ -169,6 +170,11 @@ class OffloadEngine(ExpertModel):
             first, *_ = policy.possible_misses
             self.splitter = Splitter(host_experts.costs, misses=first)
             self.hybrid = self._make_hybrid(host_experts, self.splitter, timeline)
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """What brings experts into host memory, if they are mapped."""
+        return self.store.disk
 
     @property
     def slots(self) -> SlotArray | None:

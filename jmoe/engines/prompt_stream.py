@@ -145,6 +145,7 @@ class PromptStream:
             on_host, prefetches = ways.host, bool(ways.coming)
         if on_host:
             assert hybrid is not None
+            hybrid.compute.expect(layer, on_host)
             work_on_host = programs.prepare_host({e: rows[e] for e in on_host})
             job = hybrid.host.start(layer, routed.normed_TD, *work_on_host)
         # Least used first: what is kept is what came last, and so the most recent.
@@ -152,16 +153,17 @@ class PromptStream:
         # Before the experts: copies to a GPU come one after another.
         work = {expert: programs.prepare(rows[expert]) for expert in order}
         ahead = []
-        if prefetches and layer + 1 < model.num_layers and len(choices_NTW) > 1:
+        if layer + 1 < model.num_layers and len(choices_NTW) > 1:
             ahead = [(layer + 1, by_votes(choices_NTW[1]))]
         for expert, blob, all_started in experts.stream(layer, order, wanted, fence):
-            if all_started:
+            if all_started and prefetches:
                 experts.predict(ahead, fence)
             rows_R, apply = work[expert]
             y = apply(blob, rows_R, routed, y)
             del blob  # or it would outlive its place
         if job is not None:
             assert hybrid is not None
+            experts.foresee(ahead)
             y = programs.enter(hybrid.host.wait(job), job.rows_R, y)
             if hybrid.splitter.slots_pay:
                 experts.fill(layer, wanted)

@@ -18,10 +18,18 @@ from jmoe.models import kv_cache
 from jmoe.planning.chunks import longest_chunk, prompt_chunks
 from jmoe.planning.need import MemoryNeed
 from jmoe.planning.policy import Policy
+from jmoe.store.disk_tier import DiskTier
 
 
 class ResidentEngine(DeviceModel):
-    """Runs batches of prompts, and scores texts."""
+    """Runs batches of prompts, and scores texts.
+
+    Attributes:
+      disk: what keeps experts in host memory, if they are mapped and it computes from there. It
+        knows no more than which are popular: nobody says here which expert comes next.
+    """
+
+    disk: DiskTier | None = None
 
     def longest_chunk(
         self, batch_size: int, num_positions: int, num_prompts: int | None = None
@@ -83,7 +91,9 @@ class ResidentEngine(DeviceModel):
         return ResidentBeamSteps(self, shape)
 
     def close(self) -> None:
-        """Nothing has to be ended here."""
+        """Ends what the disk tier does; there is nothing else to be ended."""
+        if self.disk is not None:
+            self.disk.close()
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Scores the next token at every position of one sequence: float32 [L, V].

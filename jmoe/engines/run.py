@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jmoe.config import ModelConfig
+from jmoe.engines.disk_meter import DiskMeter
 from jmoe.engines.memory import ExplainShortage
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.prompts import pad_prompts
@@ -22,6 +23,7 @@ from jmoe.generation.sampling import SamplingKind, SamplingValues
 from jmoe.metrics import GenerationStats, Stopwatch
 from jmoe.models import kv_cache
 from jmoe.planning.chunks import prompt_chunks
+from jmoe.store.disk_tier import DiskTier
 
 
 class Engine(Protocol):
@@ -31,6 +33,11 @@ class Engine(Protocol):
     dtype: str
     device: jax.Device
     programs: ProgramCache
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """What brings experts into host memory, if they are mapped."""
+        ...
 
     def longest_chunk(
         self, batch_size: int, num_positions: int, num_prompts: int | None = None
@@ -77,6 +84,7 @@ class Run(abc.ABC):
         self._active = np.ones(shape.batch_size, bool)
         self._active_B = model.put(self._active.copy())
         self._steps = self._make_steps()
+        self._disk = DiskMeter(model.disk)
         before = model.programs.num_compiled
         stopwatch = Stopwatch()
         try:
@@ -84,10 +92,12 @@ class Run(abc.ABC):
                 self._prepare()
             self._num_compiled = model.programs.num_compiled - before
             self._compile_s = stopwatch.seconds
+            self._disk.begin()
             started = time.perf_counter()
             with self._explaining("prefilling"):
                 self._prefill(pad_prompts(prompts, sum(shape.chunks)))
             self._prefill_s = time.perf_counter() - started
+            self._disk.prefilled()
             self._decode_tokens, self._decode_s = 0, 0.0
             self._decoding = self._explaining("decoding")
         except BaseException:
@@ -175,6 +185,7 @@ class Run(abc.ABC):
     def close(self) -> None:
         """Ends the batch, also before its last token; may be called again."""
         self._steps.close()
+        self._disk.end()
 
     def stats(self) -> GenerationStats:
         """Work and time so far."""
@@ -190,4 +201,5 @@ class Run(abc.ABC):
             compile_s=self._compile_s,
             compiled_programs=self._num_compiled,
             residency=self._steps.residency(),
+            disk=self._disk.stats(),
         )

@@ -19,6 +19,13 @@ from jmoe.config import ModelConfig
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import ConfigError, RequestError
 from jmoe.loading.building import Engine, Setup, decide
+from jmoe.loading.disk import (
+    check_engine,
+    check_no_store,
+    plan_disk,
+    read_popularity,
+    use_disk,
+)
 from jmoe.loading.options import LoadOptions
 from jmoe.models import families
 from jmoe.models.random_weights import iterate_random_parameters
@@ -73,6 +80,7 @@ def find_model(
     """
     device = device or default_device()
     if options.random_weights:
+        check_no_store(options)
         return _find_random(model, options, device)
     if model is None:
         name, directory = "tiny-mixtral (embedded)", EMBEDDED_MODEL
@@ -82,6 +90,7 @@ def find_model(
     require_complete(directory)
     if is_store(directory):
         return _find_store(name, directory, options, device)
+    check_no_store(options)
     if options.spec is not None:
         return _find_source(name, directory, options, device)
     if orbax.is_checkpoint(directory):
@@ -161,6 +170,9 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
     setup = decide(model.config, model.quant, options, device)
     if not setup.is_mapped:
         setup.check_size()
+    setup = plan_disk(setup, model)
+    check_engine(setup)
+    popularity = read_popularity(options, model.config)
 
     def build() -> tuple[Engine, tuple[str, ...]]:
         with _bar(model.shared_bytes, "loading", options) as bar:
@@ -171,9 +183,16 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
             )
             as_arrays = setup.plan.policy.engine != "thread"
             lock = store.lock_pages(setup.device, as_arrays=as_arrays)
+            if setup.is_mapped:
+                store.open_disk(
+                    available_host_bytes(),
+                    # A program of all layers does not say which experts it will use.
+                    has_hints=setup.is_offload or bool(popularity),
+                    read_ahead=options.read_ahead,
+                )
             parameters = model.parameters(store, setup.dtype, bar.update)
             engine, notes = setup.build(parameters, store)
-            if isinstance(engine, ResidentEngine) and setup.device.platform != "cpu":
+            if isinstance(engine, ResidentEngine) and not setup.is_mapped:
                 # On a CPU it computes from the store's own memory.
                 jax.block_until_ready(engine.parameters)
                 store.close()
@@ -181,6 +200,7 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
             *notes,
             f"experts in host memory: {store.memory} ({store.memory_reason}); "
             f"pages: {lock.kind} ({lock.reason})",
+            *use_disk(setup, engine, store, popularity),
         )
 
     # A store of random weights has no tokenizer: see _find_random.

@@ -1,6 +1,8 @@
 """How to load a model: what can be asked for, and whether it makes sense."""
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Literal
 
 from jmoe.errors import ConfigError, RequestError
@@ -25,6 +27,9 @@ class LoadOptions:
     quant: str | None = None
     method: Method = "hqq"
     host_memory: str = "auto"
+    read_ahead: bool = True
+    lock_memory_gib: float | None = None
+    popularity: str | Path | None = None
     random_weights: bool = False
     num_layers: int | None = None
     seed: int = 0
@@ -54,6 +59,7 @@ class LoadOptions:
                 "unknown dtype", got=repr(self.dtype), expected="auto, float32 or bfloat16"
             )
         check_choice(self.host_memory)
+        self._check_disk()
         _ = self.spec  # which raises
         check_method(self.method)
         if self.activation_bits is not None and not self.host_kernels:
@@ -79,6 +85,40 @@ class LoadOptions:
                 got=self.num_layers,
                 do="add --random_weights, or leave --num_layers out",
             )
+
+    def _check_disk(self) -> None:
+        """Raises RequestError for what makes no sense of experts that are not mapped."""
+        if self.lock_memory_gib is not None and not 0 <= self.lock_memory_gib < math.inf:
+            raise RequestError(
+                "the memory to lock, in GiB, must be 0 or more", got=self.lock_memory_gib
+            )
+        if self.popularity is not None and self.lock_memory_gib == 0:
+            raise RequestError(
+                "popular experts are to be locked in memory, and nothing is to be locked",
+                got=f"lock_memory_gib 0, and the routing {self.popularity}",
+                do="leave one of them out",
+            )
+        if self.asks_of_disk and self.host_memory == "ram":
+            raise RequestError(
+                f"{self.asks_of_disk} is for experts that are mapped from files",
+                got="host_memory ram, which reads all of them into memory",
+                do="leave one of them out",
+            )
+
+    @property
+    def asks_of_disk(self) -> str | None:
+        """The name of what was asked for that only mapped experts have; None if nothing was."""
+        asked = {
+            "read_ahead": not self.read_ahead,
+            "lock_memory_gib": self.lock_memory_gib is not None,
+            "popularity": self.popularity is not None,
+        }
+        return next((name for name, is_asked in asked.items() if is_asked), None)
+
+    @property
+    def lock_bytes(self) -> int | None:
+        """Of host memory; None leaves it open."""
+        return None if self.lock_memory_gib is None else int(self.lock_memory_gib * 2**30)
 
     @property
     def kernel_options(self) -> HostKernels:

@@ -18,6 +18,7 @@ from jmoe.residency.entries import ExpertKey, Load
 from jmoe.residency.link import Link
 from jmoe.residency.prefetch import Fetcher
 from jmoe.residency.timeline import Timeline
+from jmoe.store.disk_tier import DiskTier
 
 # Copies that are started before the first of them has arrived.
 MAX_IN_FLIGHT = 2
@@ -54,21 +55,30 @@ class DeviceExperts:
         read_blob: Callable[[ExpertKey], np.ndarray],
         cache: SlotCache,
         timeline: Timeline | None = None,
+        disk: DiskTier | None = None,
     ):
         """Args:
         link: closed together with this.
         read_blob: the bytes of an expert: uint8 [num_bytes]; called on another thread.
         cache: empty.
         timeline: for copies and waits.
+        disk: told which experts will be read, if some of them may not be in memory.
         """
         self.cache = cache
         self.peak_places = 0
         self.timeline = timeline
         self._link = link
         self._arrivals = Arrivals(timeline)
+        self._disk = disk
         self._fetcher = Fetcher(
-            link, read_blob, max_in_flight=MAX_IN_FLIGHT, on_transfer=self._arrivals.note
+            link,
+            read_blob,
+            max_in_flight=MAX_IN_FLIGHT,
+            on_transfer=self._arrivals.note,
+            is_ready=disk and disk.is_ready,
         )
+        if disk is not None:
+            disk.on_ready(self._fetcher.look_again)
         self._arrays: dict[ExpertKey, jax.Array] = {}
 
     # Decode: need, predict, take, release for each layer.
@@ -120,6 +130,8 @@ class DeviceExperts:
         ]
         self._arrivals.await_all(absent)
         if absent:
+            if self._disk is not None:
+                self._disk.demand(absent)
             self._fetcher.demand(absent)
 
     def predict(
@@ -135,25 +147,31 @@ class DeviceExperts:
           fence: waits until no program is under way, if one may be.
           in_time: whether one more copy for a layer would come in time, behind so many.
         """
+        keys = self.foresee(predictions)
         busy = None
-        for layer, experts in predictions:
-            for expert in experts:
-                key = ExpertKey(layer, expert)
-                if (
-                    in_time is not None
-                    and key not in self.cache
-                    and not in_time(layer, self._fetcher.num_queued)
-                ):
-                    continue
-                busy = self._fetcher.in_flight if busy is None else busy
-                load = self.cache.speculate(key, busy)
-                if load is not None:
-                    if load.evicted and fence is not None:
-                        fence()
-                    self._drop(load)
-                    if not self._fetcher.prefetch([key]):
-                        self.cache.forget(key)
+        for key in keys:
+            if (
+                in_time is not None
+                and key not in self.cache
+                and not in_time(key.layer, self._fetcher.num_queued)
+            ):
+                continue
+            busy = self._fetcher.in_flight if busy is None else busy
+            load = self.cache.speculate(key, busy)
+            if load is not None:
+                if load.evicted and fence is not None:
+                    fence()
+                self._drop(load)
+                if not self._fetcher.prefetch([key]):
+                    self.cache.forget(key)
         self._note_peak()
+
+    def foresee(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> list[ExpertKey]:
+        """Says which experts may be needed soon, here or on the host; returns their keys."""
+        keys = [ExpertKey(layer, expert) for layer, experts in predictions for expert in experts]
+        if self._disk is not None:
+            self._disk.predict([key for key in keys if key not in self._arrays])
+        return keys
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         """Copies one of these, which were computed elsewhere, if the link has nothing to do.
@@ -198,6 +216,8 @@ class DeviceExperts:
 
     def pass_layer(self, layer: int) -> None:
         """Says that a layer's experts are known: copies predicted wrongly and not begun are off."""
+        if self._disk is not None:
+            self._disk.pass_layer(layer)
         for key in self.cache.pass_layer(layer):
             self._call_off(key)
 
@@ -234,6 +254,8 @@ class DeviceExperts:
         here = [key for key in keys if self.cache.pin_key(key)]
         self.pass_layer(layer)
         missing = [key for key in keys if key not in self.cache]
+        if self._disk is not None:  # not all of them may fit into memory at once
+            self._disk.predict(missing)
         try:
             self._fetcher.demand([key for key in here if key not in self._arrays])
             missing = self._start(missing, lambda: None)
@@ -292,6 +314,8 @@ class DeviceExperts:
                 fence()
                 fenced = True
             self._drop(load)
+            if self._disk is not None:
+                self._disk.demand([key])
             self._fetcher.demand([key])
         self._note_peak()
         return []
@@ -308,6 +332,8 @@ class DeviceExperts:
         """Ends a batch, however it ended: nothing is pinned, queued or under way afterwards."""
         cache, arrays = self.cache, self._arrays
         cache.unpin()
+        if self._disk is not None:
+            self._disk.settle()
         self._fetcher.drain()
         if not cache.is_whole():
             cache.clear()

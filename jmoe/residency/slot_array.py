@@ -195,11 +195,21 @@ class PromptExperts:
         in_time: Callable[[int, int], bool] | None = None,
     ) -> None:
         """See ``DeviceExperts.predict``; what is in slots is not copied."""
+        self._experts.predict(self._absent(predictions), fence, in_time)
+
+    def foresee(self, predictions: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """See ``DeviceExperts.foresee``."""
+        self._experts.foresee(self._absent(predictions))
+
+    def _absent(
+        self, predictions: Iterable[tuple[int, Sequence[int]]]
+    ) -> list[tuple[int, list[int]]]:
+        """Those that are not in slots."""
         absent = []
         for layer, experts in predictions:
             there = self._slots.layer(layer)
             absent.append((layer, [expert for expert in experts if expert not in there]))
-        self._experts.predict(absent, fence, in_time)
+        return absent
 
     def stream(
         self, layer: int, experts: Sequence[int], wanted: Sequence[int], fence: Callable[[], None]

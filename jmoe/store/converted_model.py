@@ -129,6 +129,11 @@ class ConvertedModel:
         """Of all other parameters, as they are stored."""
         return sum(info.num_bytes for info in self._shared.values())
 
+    @property
+    def expert_files(self) -> list[FileRange]:
+        """By layer where the blobs of its experts are, one after another."""
+        return [_range(info) for info in self._blobs]
+
     def open_experts(
         self,
         host_memory: str = "auto",
@@ -154,7 +159,7 @@ class ConvertedModel:
             available_bytes = psutil.virtual_memory().available
         return ExpertStore.open(
             self.layout,
-            [_range(info) for info in self._blobs],
+            self.expert_files,
             host_memory=host_memory,
             available_bytes=available_bytes,
             on_bytes=on_bytes,

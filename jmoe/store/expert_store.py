@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jmoe.quant.layout import ALIGNMENT, ExpertLayout
+from jmoe.store.disk_tier import DiskTier
 from jmoe.store.host_memory import (
     FileRange,
     HostMemory,
@@ -32,6 +33,7 @@ class ExpertStore:
       num_experts: per layer.
       memory: "mmap" (pages of the files) or "ram".
       memory_reason: why that, for the user.
+      disk: what brings mapped experts into memory; None before ``open_disk``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ExpertStore:
         memory: HostMemory,
         memory_reason: str,
         spare_bytes: int = 0,
+        files: Sequence[FileRange] = (),
     ):
         """Takes over arrays that are in memory; they must not be changed afterwards.
 
@@ -50,7 +53,9 @@ class ExpertStore:
             of 64, so that the CPU backend takes them without a copy.
           memory: what kind of memory this is.
           memory_reason: why.
-          spare_bytes: memory that is free besides, for moving them (``lock_pages``).
+          spare_bytes: memory that is free besides, for moving them (``lock_pages``); below 0 is
+            what is missing for them.
+          files: by layer what is mapped.
         """
         self.layout = layout
         self.num_layers = len(layers)
@@ -58,6 +63,8 @@ class ExpertStore:
         self.memory: HostMemory = memory
         self.memory_reason = memory_reason
         self._layers: list[np.ndarray] = [self._read_only(layer) for layer in layers]
+        self.disk: DiskTier | None = None
+        self._files = files
         self._spare_bytes = spare_bytes
         self._page_lock: PageLock | None = None
 
@@ -95,7 +102,8 @@ class ExpertStore:
             read_files(list(zip(files, layers, strict=True)), on_bytes)
         shape = (-1, layout.num_bytes)
         layers = [layer.reshape(shape) for layer in layers]
-        return cls(layout, layers, memory, reason, spare_bytes=available_bytes - num_bytes)
+        spare_bytes = available_bytes - num_bytes
+        return cls(layout, layers, memory, reason, spare_bytes=spare_bytes, files=files)
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +117,49 @@ class ExpertStore:
         """
         assert self._layers, "the expert store is closed"
         return self._layers[layer]
+
+    def blob(self, key: tuple[int, int]) -> np.ndarray:
+        """The bytes of an expert, by layer and number; from a disk when they have come."""
+        if self.disk is not None:
+            return self.disk.read(key)
+        return self.layer(key[0])[key[1]]
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """Says that experts will be read where they lie, now; see ``bring``."""
+        if self.disk is not None:
+            self.disk.demand([(layer, expert) for expert in experts])
+
+    def bring(self, layer: int, experts: Sequence[int]) -> None:
+        """Waits until experts are in memory that will be read where they lie."""
+        if self.disk is not None:
+            for expert in experts:
+                self.disk.read((layer, expert))
+
+    def open_disk(
+        self, available_bytes: int, *, has_hints: bool = True, read_ahead: bool = True
+    ) -> DiskTier | None:
+        """Takes care of what is in memory and what is not, from now on, if files are mapped.
+
+        Args:
+          available_bytes: free memory.
+          has_hints: whether somebody will say what is needed, predicted or popular.
+          read_ahead: whether to read what is predicted.
+
+        Returns:
+          What does that; None if all experts are in memory of their own.
+        """
+        is_mapped = self.memory == "mmap" and not (self._page_lock and self._page_lock.pinned)
+        if self.disk is None and is_mapped:
+            wanted, _ = choose_host_memory(self.num_bytes, "auto", available_bytes)
+            self.disk = DiskTier(
+                self._layers,
+                self._files,
+                available_bytes=available_bytes,
+                is_larger=wanted == "mmap",
+                has_hints=has_hints,
+                read_ahead=read_ahead,
+            )
+        return self.disk
 
     def lock_pages(self, device: jax.Device, *, as_arrays: bool = False) -> PageLock:
         """Locks the memory for transfers to a device, once: later calls return the same lock.
@@ -126,6 +177,7 @@ class ExpertStore:
                 self._layers,
                 device,
                 may_move=self.memory == "ram" or as_arrays,
+                may_register=self.memory == "ram" or self._spare_bytes >= 0,
                 spare_bytes=self._spare_bytes,
                 dtype=self.layout.dtype,
                 as_arrays=as_arrays,
@@ -134,6 +186,8 @@ class ExpertStore:
 
     def close(self) -> None:
         """Unlocks the memory, and gives it back once nobody holds a view; may be called again."""
+        if self.disk is not None:
+            self.disk.close()
         if self._page_lock is not None:
             self._page_lock.close()
         self._layers = []

@@ -52,6 +52,7 @@ def lock_pages(
     *,
     may_move: bool,
     spare_bytes: int,
+    may_register: bool = True,
     dtype: str = "uint8",
     as_arrays: bool = False,
 ) -> PageLock:
@@ -65,6 +66,7 @@ def lock_pages(
       may_move: whether moving is allowed. A mapped file stays where it is: to copy it would take
         the memory that it was mapped to save.
       spare_bytes: free memory, beside the arrays.
+      may_register: whether the driver may keep all of them in memory.
       dtype: of pinned_host arrays.
       as_arrays: whether to try pinned_host first, whose arrays programs can read.
 
@@ -75,6 +77,8 @@ def lock_pages(
         return PageLock("plain", "the CPU backend reads host memory where it is")
 
     def register() -> PageLock:
+        if not may_register:
+            raise RuntimeError("not tried, the files are larger than the memory that is free")
         return PageLock("dma_map", "registered with the driver", _locks=_map_all(layers, client))
 
     def move() -> PageLock:
