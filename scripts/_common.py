@@ -107,6 +107,8 @@ def speeds(stats: "jmoe.GenerationStats") -> str:
 def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
     """Lines about the speed of a generation, and about what moved and what was the limit."""
     lines = [speeds(stats)]
+    if stats.disk is not None:
+        lines.append(_disk(stats))
     residency = stats.residency
     if residency is None:
         return lines
@@ -142,6 +144,36 @@ def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
     if residency.engine_reason is not None:
         lines.append(residency.engine_reason)
     return lines
+
+
+def _disk(stats: "jmoe.GenerationStats") -> str:
+    """What the disk gave, and what that cost."""
+    disk = stats.disk
+    assert disk is not None
+    parts = []
+    for name, traffic, seconds in (
+        ("prefill", disk.prefill, stats.prefill_s),
+        ("decode", disk.decode, stats.decode_s),
+    ):
+        if traffic.read_bytes is not None:
+            gb_per_s = traffic.read_bytes / seconds / 1e9 if seconds else 0.0
+            part = f"{name} {traffic.read_bytes / 2**20:,.1f} MiB read at {gb_per_s:.2f} GB/s"
+            if name == "decode" and stats.disk_bytes_per_token is not None:
+                part += f", {stats.disk_bytes_per_token / 2**20:,.1f} MiB a token"
+            parts.append(part)
+    decode = disk.decode
+    if decode.waited_for is not None and decode.needed:
+        parts.append(
+            f"{decode.waited_for} of {decode.needed} experts waited for, "
+            f"{_share(decode.waited_s, stats.decode_s)} of the time"
+        )
+    if decode.read_ahead:
+        parts.append(
+            f"{decode.read_ahead} read ahead, {decode.useful} in time, {decode.late} late, "
+            f"{decode.useless} for nothing"
+        )
+    parts.append(f"{disk.locked_experts} locked ({disk.locked_bytes / 2**20:,.1f} MiB)")
+    return f"disk: {'; '.join(parts)}"
 
 
 def _waits(traffic: "Traffic", seconds: float) -> str:

@@ -38,6 +38,22 @@ HOST_MEMORY = flags.DEFINE_enum(
     ["auto", "mmap", "ram"],
     "Of a converted store: map its files, or read them into memory. auto: ram if there is room.",
 )
+READ_AHEAD = flags.DEFINE_bool(
+    "read_ahead",
+    True,
+    "Of experts in mapped files: read those that are predicted before they are needed.",
+)
+LOCK_MEMORY_GIB = flags.DEFINE_float(
+    "lock_memory_gib",
+    None,
+    "Of experts in mapped files: keep so much of the most used ones in memory. Default: a share of "
+    "what is free if they do not all fit, else 0.",
+)
+POPULARITY = flags.DEFINE_string(
+    "popularity",
+    None,
+    "File of --record_routing that says which experts those are to begin with. Default: learnt.",
+)
 RANDOM_WEIGHTS = flags.DEFINE_bool(
     "random_weights", False, "Fill the shape of --model with random weights."
 )
@@ -138,6 +154,9 @@ def arguments() -> dict[str, Any]:
         "quant": QUANT.value,
         "method": METHOD.value,
         "host_memory": HOST_MEMORY.value,
+        "read_ahead": READ_AHEAD.value,
+        "lock_memory_gib": LOCK_MEMORY_GIB.value,
+        "popularity": POPULARITY.value,
         "random_weights": RANDOM_WEIGHTS.value,
         "num_layers": NUM_LAYERS.value,
         "host_kernels": HOST_KERNELS.value,
