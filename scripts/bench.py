@@ -24,6 +24,9 @@ Suites:
   hybrid  missing experts copied, computed on the host, or both, on links held to --links and a host
           held to --host_gb_per_s, beside what was predicted; time to the first token of long
           prompts; beams together, beside as many sequences one after the other
+  disk    a store, and a limit of memory (--memory_gib; as root): how fast the disk gives experts,
+          by the way they are asked for; decoding from there, with experts read ahead, and with the
+          most used ones locked. Without --model that of the embedded one, with larger experts
 
 Examples:
   python scripts/bench.py
@@ -39,6 +42,7 @@ Examples:
   python scripts/bench.py --suite=engines --parts=decode,ahead --repeats=9
   python scripts/bench.py --suite=engines --parts=compile --model=mixtral-8x7b --random_weights
   python scripts/bench.py --suite=hybrid --parts=decode --links=0.5,1,2,4 --host_gb_per_s=2
+  python scripts/bench.py --suite=disk --expert_times=128 --memory_gib=1.1 --new_tokens=32
   python scripts/bench.py --peer=transformers --output_file=results.jsonl
   python scripts/bench.py --format=jsonl | tail -n 1 | jq .ceiling
 """
@@ -58,6 +62,7 @@ _SUITES = {
     "offload": "_bench.offload",
     "engines": "_bench.engines",
     "hybrid": "_bench.hybrid",
+    "disk": "_bench.disk",
 }
 _PEERS = {"decode": ("transformers", "xla"), "kernels": ("torch",)}
 
@@ -90,13 +95,20 @@ _PARTS = flags.DEFINE_list(
     "parts",
     None,
     "What to measure of the suite offload: overlap,paper,overhead; of engines: "
-    "decode,fetch,ahead,compile; of hybrid: decode,prompts,beams. Default: all of it.",
+    "decode,fetch,ahead,compile; of hybrid: decode,prompts,beams; of disk: read,decode. Default: "
+    "all of it.",
 )
 _LAYERS = flags.DEFINE_list("layers", "12,32,56", "Suite engines: of the models to compile.")
 _LINKS = flags.DEFINE_list(
     "links", "0.5,1,2", "Suites offload and hybrid: speeds in GB/s (10^9 bytes)."
 )
 _SLOTS = flags.DEFINE_list("slots", "2,4", "Suite hybrid: experts per layer on the device.")
+_MEMORY_GIB = flags.DEFINE_float(
+    "memory_gib", None, "Suite disk: memory to hold this process to, page cache included."
+)
+_EXPERT_TIMES = flags.DEFINE_integer(
+    "expert_times", 16, "Suite disk without --model: a power of two.", lower_bound=1
+)
 _COPIES = flags.DEFINE_bool(
     "copies",
     True,
@@ -138,6 +150,8 @@ def main() -> None:
         copies=_COPIES.value,
         plot=_PLOT.value,
         layers=read_integers("layers", _LAYERS.value),
+        memory_gib=_MEMORY_GIB.value,
+        expert_times=_EXPERT_TIMES.value,
     )
     with report.ResultFile(_OUTPUT_FILE.value) as result_file:
         header = {

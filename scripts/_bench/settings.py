@@ -14,6 +14,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "offload": ("overlap", "paper", "overhead"),
     "engines": ("decode", "fetch", "ahead", "compile"),
     "hybrid": ("decode", "prompts", "beams"),
+    "disk": ("read", "decode"),
 }
 
 
@@ -39,6 +40,8 @@ class Settings:
     copies: bool = True
     plot: str | None = None
     layers: tuple[int, ...] = ()  # of the programs that the suite engines compiles
+    memory_gib: float | None = None  # to hold the suite disk to, as the following
+    expert_times: int = 1
 
     def __post_init__(self):
         if not self.batch_sizes:
@@ -48,10 +51,22 @@ class Settings:
                 "--plot draws the part paper of the suite offload, and decode of the suite hybrid",
                 got=",".join(self.parts),
             )
+        times = self.expert_times
+        if times < 1 or times.bit_count() != 1:
+            raise RequestError(
+                "--expert_times is not usable", got=times, expected="a power of two: 1, 16, 128"
+            )
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
+            raise RequestError("--memory_gib must be above 0", got=self.memory_gib)
         if not self.prompt_lengths and not self.new_tokens:
             raise RequestError(
                 "nothing to measure", do="give --prompt_lengths, or --new_tokens above 0"
             )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """That the suite disk is held to."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -17,8 +17,8 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """Distance of the extremes as a share of the median."""
-        return (self.max - self.min) / self.median
+        """Distance of the extremes as a share of the median; 0 of what is always nothing."""
+        return (self.max - self.min) / self.median if self.median else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"spread": self.spread}
