@@ -1,5 +1,6 @@
 """Which way of taking decode steps is the fastest, from the times of a batch's first tokens."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,6 +18,8 @@ NUM_COUNTING = 12
 # At most so many ways are tried, and none that is predicted to be slower than the best by more.
 MAX_WAYS = 3
 HOPELESS = 3.0
+# Ways that differ by less are compared more closely.
+_CLOSE = 1.3
 
 
 # What becomes of missing experts in the ways of the host's loop.
@@ -36,6 +39,7 @@ class Contest:
       running: the one whose turn it is, and at the end the winner.
       is_over: whether the winner is known.
       predicted_s: seconds a token was to take, of those ways that somebody predicted.
+      turns: the way of every token that was noted.
     """
 
     def __init__(self, tokens_per_call: int, ways: Sequence[Way] = ("thread", "compiled")):
@@ -47,6 +51,14 @@ class Contest:
         self.predicted_s: Mapping[Way, float] = {}
         self._tokens_per_call = {way: tokens_per_call if way == "compiled" else 1 for way in ways}
         self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
+        self.turns: list[Way] = []
+        self._evened_s: dict[Way, float] = {}
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the winner is not faster than all others by far."""
+        best, *rest = sorted(map(self.token_s, self.ways))
+        return bool(rest) and rest[0] < _CLOSE * best
 
     def predict(self, token_s: Mapping[Way, float]) -> None:
         """Says how long a token will take: the best ways begin, and hopeless ones do not.
@@ -54,7 +66,7 @@ class Contest:
         Nothing but the predictions changes when the contest has begun.
         """
         self.predicted_s = token_s
-        if any(self._seconds.values()) or not all(way in token_s for way in self.ways):
+        if self.turns or not all(way in token_s for way in self.ways):
             return
         ways = sorted(self.ways, key=token_s.__getitem__)
         limit_s = HOPELESS * token_s[ways[0]]
@@ -78,6 +90,7 @@ class Contest:
         assert not self.is_over
         times = self._seconds[self.running]
         times.append(seconds)
+        self.turns.append(self.running)
         per_call = self._tokens_per_call[self.running]
         settling = _whole_calls(NUM_SETTLING, per_call)
         if len(times) < settling + _whole_calls(NUM_COUNTING, per_call):
@@ -87,16 +100,40 @@ class Contest:
             return
         self._finish()
 
+    def even_out(self, predicted_s: Sequence[float], by_way: Mapping[Way, Sequence[float]]) -> None:
+        """Compares ways as if each had made the tokens of all, when the contest is over.
+
+        A few tokens of one way may need more experts that are missing than those of another, and
+        finds those that the way before left. So what counts is how much slower a way is than
+        predicted for its tokens, times what is predicted for all.
+
+        Args:
+          predicted_s: of every token that was noted, as it was made; above 0.
+          by_way: the same if that way had made all of them.
+        """
+        assert self.is_over
+        # Nobody knows what would have been copied ahead of the compiled engine's tokens.
+        is_shared = [turn in MISSES for turn in self.turns]
+        for way in self.ways:
+            per_call = self._tokens_per_call[way]
+            own = [s for turn, s in zip(self.turns, predicted_s, strict=True) if turn == way]
+            calls = zip(
+                _by_call(self._seconds[way], per_call), _by_call(own, per_call), strict=True
+            )
+            factor = statistics.median(measured / predicted for measured, predicted in calls)
+            shared = itertools.compress(by_way[way], is_shared)
+            self._evened_s[way] = factor * statistics.fmean(shared)
+        self._finish()
+
     def _finish(self) -> None:
         self.is_over = True
         self.running = min(self.ways, key=self.token_s)  # of equal ones the first
 
     def token_s(self, way: Way) -> float:
-        """Seconds a token takes: the median over calls, without those at first."""
-        per_call = self._tokens_per_call[way]
-        times = self._seconds[way][_whole_calls(NUM_SETTLING, per_call) :]
-        calls = [times[i : i + per_call] for i in range(0, len(times), per_call)]
-        return statistics.median(map(statistics.fmean, calls))
+        """Seconds a token takes: the median over calls, without those at first; or evened out."""
+        if way in self._evened_s:
+            return self._evened_s[way]
+        return statistics.median(_by_call(self._seconds[way], self._tokens_per_call[way]))
 
     def __str__(self) -> str:
         first, *rest = map(self._describe, sorted(self.ways, key=self.token_s))
@@ -107,6 +144,13 @@ class Contest:
         predicted = self.predicted_s.get(way)
         beside = "" if predicted is None else f" (predicted {predicted * 1e3:.2f})"
         return f"{way}{colon} {self.token_s(way) * 1e3:.2f} ms{beside}"
+
+
+def _by_call(seconds: Sequence[float], per_call: int) -> list[float]:
+    """Seconds of a token in each call, without the calls at first."""
+    settled = seconds[_whole_calls(NUM_SETTLING, per_call) :]
+    calls = [settled[i : i + per_call] for i in range(0, len(settled), per_call)]
+    return list(map(statistics.fmean, calls))
 
 
 def _whole_calls(num_tokens: int, per_call: int) -> int:

@@ -13,7 +13,7 @@ from jmoe.engines import layer_programs
 from jmoe.engines.blank_experts import BlankExperts
 from jmoe.engines.compiled_decoder import CompiledDecoder
 from jmoe.engines.contest import Contest, EngineName, Way, engine_of
-from jmoe.engines.forecast import forecasts_s, last_steps
+from jmoe.engines.forecast import Choices, forecasts_s, last_steps, replay_s
 from jmoe.engines.prediction import Predictor, Recall
 from jmoe.engines.programs import DecodeState, temporary_bytes
 from jmoe.engines.prompt_stream import PromptStream
@@ -70,6 +70,9 @@ class OffloadSteps:
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._forecasts_s: dict[Way, float] = {}  # of a token
+        # Of the contest, if it began in this batch: what was on the device, and what tokens chose.
+        self._held: dict[int, list[int]] | None = None
+        self._tried: list[Choices] = []
         self._ended = False
         self._workspace_bytes = 0  # until the programs are compiled
         self._residency: ResidencyStats | None = None
@@ -118,7 +121,8 @@ class OffloadSteps:
                 self._decoders["thread"] = self._by_thread()
                 self._decoders["thread"].compile(*arguments)
             del self._decoders["compiled"]
-        if model.programs.num_compiled > before:
+        untimed = model.host_side is not None and shape.batch_size not in model.step_s
+        if model.programs.num_compiled > before or (untimed and "thread" in self._decoders):
             self._warm_up(active_B)
 
     def _fit(self) -> None:
@@ -249,6 +253,7 @@ class OffloadSteps:
         self._forecasts_s = forecasts_s(model, shape.batch_size, ways, steps)
         if contest is not None:
             contest.predict(self._forecasts_s)
+            self._held = None if contest.turns else model.places.held()
 
     def _record_prompt(self, valid_BL: np.ndarray) -> None:
         if self._recorder is not None:
@@ -269,10 +274,29 @@ class OffloadSteps:
         self._state = weakref.ref(state)
         if self._contest is not None and not self._contest.is_over:
             jax.block_until_ready(token_ids_B)
-            self._contest.note(time.perf_counter() - start)
+            self._note_time(self._contest, time.perf_counter() - start, choices_LNTW)
         if choices_LNTW is not None:
             self._note_choices(choices_LNTW)
         return state, token_ids_B
+
+    def _note_time(self, contest: Contest, seconds: float, choices_LNTW: np.ndarray | None) -> None:
+        """Enters a token's time into the contest, which that may end."""
+        model = self._model
+        if choices_LNTW is not None:
+            self._tried.append(list(choices_LNTW))
+        contest.note(seconds)
+        if not contest.is_over:
+            return
+        held, tried = self._held, self._tried
+        if held is not None and len(tried) == len(contest.turns) and contest.is_close:
+            size = self._shape.batch_size
+            as_made = replay_s(model, size, contest.turns, tried, held)
+            by_way: dict[Way, list[float]] = {
+                way: replay_s(model, size, way, tried, held) for way in contest.ways
+            }
+            if as_made:
+                contest.even_out(as_made, by_way)
+        self._tried = []
 
     def _change_engine(self) -> None:
         """Lets the other engine go on if it is its turn, and this one has nothing in hand."""

@@ -83,6 +83,7 @@ def _decode_row(
         "slots_per_layer": point.slots,
         "way": way,
         "chosen": last.way,
+        "reason": last.reason,
         "tok_per_s": measured.to_json(),
         "predicted_tok_per_s": summarize(predicted).median if predicted else None,
         "over_better_of_load_and_host": summarize(over).to_json(),

@@ -34,6 +34,7 @@ class HybridRun(NamedTuple):
       prefill_s: to the first token.
       predicted_tok_per_s: of decode steps, before the first one.
       way: of decode steps, at the end.
+      reason: for it, if several were tried.
       traffic: of decode steps.
       prefill_traffic: of the prompt.
     """
@@ -43,6 +44,7 @@ class HybridRun(NamedTuple):
     prefill_s: float
     predicted_tok_per_s: float | None
     way: str
+    reason: str | None
     traffic: Traffic
     prefill_traffic: Traffic
 
@@ -156,6 +158,7 @@ class HybridSubject:
             prefill_s=stats.prefill_s,
             predicted_tok_per_s=1 / predicted_s if predicted_s else None,
             way=residency.way,
+            reason=residency.engine_reason,
             traffic=residency.decode,
             prefill_traffic=residency.prefill,
         )

@@ -281,6 +281,7 @@ def test_the_faster_engine_goes_on(model, winner, monkeypatch):
         seconds["compiled"] = 0.5
     note = Contest.note
     monkeypatch.setattr(Contest, "note", lambda self, s: note(self, seconds[self.running]))
+    monkeypatch.setattr(Contest, "predict", lambda self, token_s: None)  # the thread begins
     prompts, num_tokens = prompts_of(model, 5), 26
     reference = model.engine(prefill_chunk=CHUNK)
     expected, _ = greedy(reference, prompts, num_tokens)
@@ -310,6 +311,7 @@ def test_an_engine_hands_out_what_it_has_made_before_the_other_goes_on(model, mo
     seconds = {"thread": 1.0, "compiled": 2.0}
     note = Contest.note
     monkeypatch.setattr(Contest, "note", lambda self, s: note(self, seconds[self.running]))
+    monkeypatch.setattr(Contest, "predict", lambda self, token_s: None)  # the thread begins
     prompts, num_tokens = prompts_of(model, 5), 30
     reference = model.engine(prefill_chunk=CHUNK)
     expected, _ = greedy(reference, prompts, num_tokens)

@@ -72,3 +72,39 @@ def test_one_way_that_is_left_needs_no_contest():
     contest = Contest(1)
     contest.drop("compiled")
     assert contest.is_over and contest.running == "thread"
+
+
+def test_ways_are_compared_as_if_all_had_made_the_same_tokens():
+    """The host is quicker only because its tokens miss half as many experts."""
+    contest = Contest(1, ("split", "host"))
+    turn = NUM_SETTLING + NUM_COUNTING
+    for _ in range(turn):
+        contest.note(2.2e-3)  # two misses, of 1 ms
+    for _ in range(turn):
+        contest.note(1.8e-3)  # one miss, of 2 ms
+    assert contest.running == "host" and contest.is_close
+    as_made = [2e-3] * turn + [2e-3] * turn
+    by_way: dict[Way, list[float]] = {
+        "split": [2e-3] * turn + [1e-3] * turn,
+        "host": [4e-3] * turn + [2e-3] * turn,
+    }
+    contest.even_out(as_made, by_way)
+    assert contest.running == "split"
+    assert contest.token_s("split") == pytest.approx(1.65e-3)
+    assert contest.token_s("host") == pytest.approx(2.7e-3)
+
+
+@pytest.mark.parametrize("per_call", [1, 3, 8])
+def test_tokens_of_the_compiled_engine_are_judged_by_calls_and_not_shared(per_call):
+    contest = Contest(per_call, ("thread", "compiled"))
+    run(contest, 1.1e-3, 1e-3, per_call)
+    made = len(contest.turns)
+    by_way: dict[Way, list[float]] = {way: [1e-3] * made for way in contest.ways}
+    contest.even_out([1e-3] * made, by_way)
+    assert contest.running == "compiled"
+    assert contest.token_s("compiled") == pytest.approx(1e-3)
+    # Of the thread's tokens alone, which are half as much work.
+    is_thread = [turn == "thread" for turn in contest.turns]
+    halved = [0.5e-3 if flag else 9.0 for flag in is_thread]
+    contest.even_out([1e-3] * made, {"thread": halved, "compiled": halved})
+    assert contest.token_s("compiled") == pytest.approx(0.5e-3)
