@@ -88,6 +88,8 @@ class ResidencyStats:
       decode: what happened in decode steps.
       decode_by_layer: the same, of those that the compiled engine ran; else empty.
       predicted_step_s: seconds that a decode step was to take by the cost model, if it knew.
+      resident_step_s: seconds that one took with all experts on the device, before the first batch
+        of that size; None if that was not measured.
       recall: share of the experts that a layer chose among those predicted for it, by how many
         layers before, and by how many predictions per token: recall[distance - 1][number - 1].
       num_slots: places of experts that are kept, over all layers.
@@ -105,6 +107,7 @@ class ResidencyStats:
     decode: Traffic
     decode_by_layer: tuple[LayerTraffic, ...]
     predicted_step_s: float | None
+    resident_step_s: float | None
     recall: tuple[tuple[float, ...], ...]
     num_slots: int
     num_staging: int
@@ -182,6 +185,7 @@ class GenerationStats:
     prefill_s: float  # until the first new token of every sequence is on the host
     new_tokens: int
     decode_tokens: int
+    decode_steps: int
     decode_s: float
     compile_s: float  # compiling programs and running each once
     compiled_programs: int  # in this call; 0 once warm
@@ -198,6 +202,28 @@ class GenerationStats:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
+    def predicted_tok_per_s(self) -> float | None:
+        """Of decode steps by the cost model, with as many sequences as there were; if it knew."""
+        predicted_s = self.residency and self.residency.predicted_step_s
+        if not predicted_s or not self.decode_steps:
+            return None
+        return self.decode_tokens / self.decode_steps / predicted_s
+
+    @property
+    def decode_busy(self) -> dict[str, float]:
+        """Share of the time of decode steps that each resource was busy, of those that are known.
+
+        The device: for as long as the steps would have taken with all experts there.
+        """
+        residency = self.residency
+        if residency is None or not self.decode_s:
+            return {}
+        seconds = {"link": residency.decode.link_busy_s, "host": residency.decode.host_busy_s}
+        if residency.resident_step_s is not None:
+            seconds["device"] = residency.resident_step_s * self.decode_steps
+        return {name: s / self.decode_s for name, s in seconds.items() if s is not None}
+
+    @property
     def disk_bytes_per_token(self) -> float | None:
         """Read from disks in decode steps; None if that is not known, or nothing was decoded."""
         read_bytes = self.disk and self.disk.decode.read_bytes
@@ -209,6 +235,8 @@ class GenerationStats:
         return dataclasses.asdict(self) | {
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
+            "predicted_tok_per_s": self.predicted_tok_per_s,
+            "decode_busy": self.decode_busy,
             "residency": self.residency and self.residency.to_json(),
             "disk_bytes_per_token": self.disk_bytes_per_token,
         }

@@ -141,9 +141,25 @@ def describe_stats(stats: "jmoe.GenerationStats") -> list[str]:
         + (f"; experts predicted: {recall}" if recall else "")
         + f"; {_bound(stats)}"
     )
+    lines += _account(stats)
     if residency.engine_reason is not None:
         lines.append(residency.engine_reason)
     return lines
+
+
+def _account(stats: "jmoe.GenerationStats") -> list[str]:
+    """What the cost model had said, and how busy everything was."""
+    parts = []
+    if predicted := stats.predicted_tok_per_s:
+        difference = stats.decode_tok_per_s / predicted - 1
+        parts.append(
+            f"predicted {predicted:,.1f} tok/s, measured {stats.decode_tok_per_s:,.1f} "
+            f"({difference:+.0%})"
+        )
+    if busy := stats.decode_busy:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
+        parts.append(f"busy of the time of decode steps: {shares}")
+    return ["; ".join(parts)] if parts else []
 
 
 def _disk(stats: "jmoe.GenerationStats") -> str:

@@ -63,6 +63,7 @@ class BatchRun(Run):
             now = time.perf_counter()
             self._decode_s, since = self._decode_s + now - since, now
             self._decode_tokens += int(self._active.sum())
+            self._decode_steps += 1
 
     def _longest(self) -> int:
         pairs = zip(self._active, self.max_new_tokens, strict=True)

@@ -104,6 +104,7 @@ class BeamRun(Run):
             if not self._active.any():
                 return
             self._decode_tokens += int(self._active.sum())
+            self._decode_steps += 1
             started = time.perf_counter()
             with self._decoding:
                 found = self._step()

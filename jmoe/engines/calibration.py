@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable
 
 from jmoe.engines import probes
-from jmoe.engines.expert_probes import ExpertsOnDevice, ExpertsOnHost, hand_over
+from jmoe.engines.expert_probes import ExpertsOnDevice, ExpertsOnHost, fetch, hand_over
 from jmoe.engines.measuring import Clock, Rounds, num_needed
 from jmoe.engines.probes import Arena, Run, Subject
 from jmoe.planning import machine
@@ -37,7 +37,8 @@ _BUSY = " on a busy machine: spread"
 
 # What is measured, by name; with a size where there are several.
 _READ_HOST, _READ_DEVICE = "read_host", "read_device"
-_ROUND_TRIP, _DISPATCH, _HAND_OVER = "round_trip", "dispatch", "hand_over"
+_ROUND_TRIP, _DISPATCH = "round_trip", "dispatch"
+_HAND_OVER, _FETCH = "hand_over", "fetch"
 _TO_DEVICE, _TO_HOST, _HOST, _DEVICE = "to_device", "to_host", "host", "device"
 
 # Tokens of an expert: first the ends, upwards, as each says what the next may take; then between.
@@ -77,8 +78,13 @@ def calibrate(
       CapacityError: there is no memory for two experts.
     """
     rounds = Rounds(budget_s, clock, lambda: probes.settle(subject))
-    with Arena(subject, min_bytes=max(_COPY_BYTES)) as arena, hand_over(subject, arena) as hand:
+    with (
+        Arena(subject, min_bytes=max(_COPY_BYTES)) as arena,
+        hand_over(subject, arena) as hand,
+        fetch(subject) as fetch_one,
+    ):
         rounds.add(_HAND_OVER, hand, in_rows=True)
+        rounds.add(_FETCH, fetch_one, in_rows=True)
         read_bytes = _add_machine(rounds, subject, arena)
         _add_link(rounds, subject, arena, link)
         experts = _Experts(rounds, subject, arena)
@@ -101,6 +107,7 @@ def calibrate(
         round_trip_s=rounds.seconds(_ROUND_TRIP),
         dispatch_s=rounds.seconds(_DISPATCH),
         hand_over_s=rounds.seconds(_HAND_OVER),
+        fetch_s=rounds.seconds(_FETCH),
         experts=(_times(rounds, subject),),
         spread=rounds.spread,
         source=_source(f"measured {_now()}", rounds.spread),

@@ -15,8 +15,11 @@ from jmoe.engines.probes import Arena, Run, Subject
 from jmoe.engines.programs import ProgramCache
 from jmoe.engines.prompt_stream import MIN_ROWS
 from jmoe.planning.memory import device_memory
+from jmoe.residency.cache import SlotCache
+from jmoe.residency.eviction import make_eviction
+from jmoe.residency.experts import DeviceExperts
 from jmoe.residency.host_experts import HostExperts
-from jmoe.residency.link import DeviceLink
+from jmoe.residency.link import DeviceLink, LinkCounters
 
 # Of experts that are all in the caches: more than a core has room for by itself.
 _MAX_CACHED = 32
@@ -108,6 +111,62 @@ def hand_over(subject: Subject, arena: Arena) -> Iterator[Run]:
     finally:
         host.close()
         compute.close()
+
+
+class _NoLink:
+    """Has copied everything already."""
+
+    hands_out_early = True
+
+    def __init__(self, array: jax.Array):
+        self.counters = LinkCounters()
+        self._array = array
+
+    def start(self, blob: np.ndarray) -> jax.Array:
+        return self._array
+
+    def remaining_s(self, array: jax.Array) -> float:
+        return 0.0
+
+    def finish(self, array: jax.Array) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def fetch(subject: Subject) -> Iterator[Run]:
+    """One missing expert after another, as in a loop over layers, whose copies take no time.
+
+    The thread ends with the context.
+    """
+    blob = np.zeros(64, np.uint8)
+    num_experts, num_slots = 8, 2
+    cache = SlotCache(
+        (num_slots,),
+        num_layers=1,
+        num_experts=num_experts,
+        num_staging=num_slots,
+        eviction=make_eviction("lru"),
+    )
+    link = _NoLink(jax.device_put(blob, subject.device))
+    experts = DeviceExperts(link, lambda key: blob, cache)
+    turns = itertools.cycle(range(num_experts))
+
+    def run(num: int) -> None:
+        for _ in range(num):
+            ids = [next(turns)]
+            experts.need(0, ids)
+            experts.predict([(0, ids)])
+            experts.take(0, ids)
+            experts.pass_layer(0)
+            experts.release()
+
+    try:
+        yield run
+    finally:
+        experts.close()
 
 
 class ExpertsOnDevice:

@@ -80,9 +80,11 @@ def step_times_s(
     # As in the engine, which without a splitter copies what is predicted for any layer.
     splitter = None if policy.misses == "load" else Splitter(costs)
     replay = Replay(cache, ModelledLink(costs.copy_s), 0.0, splitter)
+    by_loop = costs.fetch_s, costs.copying_s
     ends = [0.0]
     for way, choices in zip(ways, steps, strict=True):
         replay.layer_s = step_s[way] / num_layers
+        replay.fetch_s, replay.copying_s = (0.0, 0.0) if way == "compiled" else by_loop
         if splitter is not None:
             splitter.misses = MISSES.get(way, "load")
         for layer, choices_NTW in enumerate(choices):
@@ -95,7 +97,11 @@ def step_times_s(
 
 
 def forecasts_s(
-    model: "OffloadEngine", batch_size: int, ways: Iterable[Way], steps: Sequence[Choices]
+    model: "OffloadEngine",
+    batch_size: int,
+    ways: Iterable[Way],
+    steps: Sequence[Choices],
+    held: Mapping[int, Sequence[int]],
 ) -> dict[Way, float]:
     """Seconds of a step for each way, after the prompts; none if they are unknown.
 
@@ -104,11 +110,12 @@ def forecasts_s(
       batch_size: of the batch.
       ways: to take decode steps.
       steps: what tokens chose (``last_steps``).
+      held: experts with a slot after these tokens, by layer, the most recently used last.
     """
     if not steps:
         return {}
     top_k = model.config.router.top_k
-    halves = rehearsals(steps, model.places.held(), top_k)
+    halves = rehearsals(steps, held, top_k)
     forecasts = {}
     for way in ways:
         times = [replay_s(model, batch_size, way, part, held) for held, part in halves]

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import jax
@@ -70,9 +71,9 @@ class OffloadSteps:
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._forecasts_s: dict[Way, float] = {}  # of a token
-        # Of the contest, if it began in this batch: what was on the device, and what tokens chose.
-        self._held: dict[int, list[int]] | None = None
-        self._tried: list[Choices] = []
+        # After the prompts: what their last tokens chose, and what was on the device.
+        self._rehearsal: tuple[list[Choices], dict[int, list[int]]] | None = None
+        self._tried: list[Choices] = []  # what the tokens of the contest chose
         self._ended = False
         self._workspace_bytes = 0  # until the programs are compiled
         self._residency: ResidencyStats | None = None
@@ -234,26 +235,29 @@ class OffloadSteps:
         state, token_ids_B = self._first(hidden_BD, lengths_B, seen_BV)
         token_ids_B.block_until_ready()
         self._prefill = self._count()
-        self._forecast(lengths)
+        self._prepare_forecast(lengths)
         self._state = weakref.ref(state)
         return state, token_ids_B
 
-    def _forecast(self, lengths: np.ndarray) -> None:
-        """Predicts the time of a token, from prompts of these lengths; tells the contest, too."""
+    def _prepare_forecast(self, lengths: np.ndarray) -> None:
+        """Keeps what forecasts are made from, after prompts of these lengths."""
         model, shape = self._model, self._shape
         if model.host_side is None:
             return
-        contest = model.contest(shape.batch_size)
-        ways = contest.ways if contest is not None else (model.decodes_by,)
         *before, last = shape.chunks
         in_last = np.clip(lengths - sum(before), 0, last).tolist()
         steps = last_steps(
             self._stream.choices, in_last, shape.num_prompts, num_beams=shape.num_beams
         )
-        self._forecasts_s = forecasts_s(model, shape.batch_size, ways, steps)
-        if contest is not None:
-            contest.predict(self._forecasts_s)
-            self._held = None if contest.turns else model.places.held()
+        self._rehearsal = list(steps), model.places.held()
+
+    def _forecast_s(self, ways: Iterable[Way]) -> dict[Way, float]:
+        """Seconds of a decode step in these ways, as far as they can be predicted."""
+        missing: list[Way] = [way for way in ways if way not in self._forecasts_s]
+        if self._rehearsal is not None and missing:
+            size = self._shape.batch_size
+            self._forecasts_s |= forecasts_s(self._model, size, missing, *self._rehearsal)
+        return self._forecasts_s
 
     def _record_prompt(self, valid_BL: np.ndarray) -> None:
         if self._recorder is not None:
@@ -268,6 +272,9 @@ class OffloadSteps:
         self, state: DecodeState, active_B: jax.Array
     ) -> tuple[DecodeState, jax.Array | np.ndarray]:
         self._check_open()
+        contest = self._contest
+        if contest is not None and not contest.turns:
+            contest.predict(self._forecast_s(contest.ways))
         self._change_engine()
         start = time.perf_counter()
         state, token_ids_B, choices_LNTW = self._decoder.step(state, active_B)
@@ -287,8 +294,9 @@ class OffloadSteps:
         contest.note(seconds)
         if not contest.is_over:
             return
-        held, tried = self._held, self._tried
-        if held is not None and len(tried) == len(contest.turns) and contest.is_close:
+        tried = self._tried  # fewer than turns if the contest began in another batch
+        if self._rehearsal is not None and len(tried) == len(contest.turns) and contest.is_close:
+            _, held = self._rehearsal
             size = self._shape.batch_size
             as_made = replay_s(model, size, contest.turns, tried, held)
             by_way: dict[Way, list[float]] = {
@@ -343,7 +351,8 @@ class OffloadSteps:
             prefill=self._prefill,
             decode=self._decode,
             decode_by_layer=model.places.counts_by_layer(),
-            predicted_step_s=self._forecasts_s.get(model.decodes_by),
+            predicted_step_s=self._forecast_s([model.decodes_by]).get(model.decodes_by),
+            resident_step_s=model.step_s.get(self._shape.batch_size),
             recall=self._recall.rates(),
             num_slots=policy.num_slots,
             num_staging=policy.num_staging,

@@ -98,7 +98,7 @@ class Run(abc.ABC):
                 self._prefill(pad_prompts(prompts, sum(shape.chunks)))
             self._prefill_s = time.perf_counter() - started
             self._disk.prefilled()
-            self._decode_tokens, self._decode_s = 0, 0.0
+            self._decode_tokens, self._decode_steps, self._decode_s = 0, 0, 0.0
             self._decoding = self._explaining("decoding")
         except BaseException:
             self._steps.end()
@@ -197,6 +197,7 @@ class Run(abc.ABC):
             prefill_s=self._prefill_s,
             new_tokens=shape.batch_size + self._decode_tokens,
             decode_tokens=self._decode_tokens,
+            decode_steps=self._decode_steps,
             decode_s=self._decode_s,
             compile_s=self._compile_s,
             compiled_programs=self._num_compiled,

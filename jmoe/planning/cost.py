@@ -27,6 +27,9 @@ class ExpertCosts:
       copy_s: to be copied to the device, when the link is free.
       host: to be computed on the host, by its number of tokens.
       device: to be computed on the device, likewise.
+      fetch_s: what a copy takes of the time of an engine's loop, which computes nothing meanwhile.
+      copying_s: what it takes of that of the processor that computes layers; not for experts that
+        are waited for.
       hand_over_s: to hand a layer's tokens to the host and to get its results back.
       shares_cores: whether device and host compute on the same processor: one after the other then.
     """
@@ -34,6 +37,8 @@ class ExpertCosts:
     copy_s: float
     host: Callable[[float], float]
     device: Callable[[float], float]
+    fetch_s: float = 0.0
+    copying_s: float = 0.0
     hand_over_s: float = 0.0
     shares_cores: bool = False
 
@@ -62,12 +67,16 @@ class ExpertCosts:
         """
         times = hardware.estimate_experts(layout, activation_bits=activation_bits, dtype=dtype)
         held_s = layout.num_bytes / host_bytes_per_s if host_bytes_per_s is not None else 0.0
+        is_cpu = hardware.platform == "cpu"
+        copy_s = hardware.to_device(layout.num_bytes)
         return cls(
-            copy_s=hardware.to_device(layout.num_bytes),
+            copy_s=copy_s,
+            fetch_s=hardware.fetch_s,
+            copying_s=copy_s if is_cpu else 0.0,
             host=lambda tokens: max(held_s, times.host(tokens)),
             device=times.device,
             hand_over_s=hardware.hand_over_s,
-            shares_cores=hardware.platform == "cpu" and host_bytes_per_s is None,
+            shares_cores=is_cpu and host_bytes_per_s is None,
         )
 
 

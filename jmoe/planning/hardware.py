@@ -17,7 +17,7 @@ from jmoe.errors import ConfigError
 from jmoe.quant.formats import DenseFormat, Format, parse_format
 from jmoe.quant.layout import ExpertLayout
 
-VERSION = 1
+VERSION = 2
 # Beyond so many tokens of an expert nobody asks where to compute it.
 MAX_TOKENS = 1 << 16
 # No number of a machine is larger.
@@ -230,6 +230,8 @@ class HardwareSpec:
       dispatch_s: host time for one more dispatched program.
       hand_over_s: handing a token to the thread that computes experts on the host, and getting a
         result back to the device.
+      fetch_s: what an engine's loop over layers and the thread that copies do for one expert,
+        without the copy.
       experts: by shape and format, each once.
       spread: of repeated measurements: the distance of the quartiles as a share of the median, and
         of that the median over everything that was measured.
@@ -252,6 +254,7 @@ class HardwareSpec:
     round_trip_s: float
     dispatch_s: float
     hand_over_s: float = 0.0
+    fetch_s: float = 0.0
     experts: tuple[ExpertTimes, ...]
     spread: float
     source: str
@@ -269,7 +272,7 @@ class HardwareSpec:
         for name in ("host_bytes_per_s", "device_bytes_per_s"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, value, "more than 0")
-        for name in ("round_trip_s", "dispatch_s", "hand_over_s", "spread"):
+        for name in ("round_trip_s", "dispatch_s", "hand_over_s", "fetch_s", "spread"):
             value = getattr(self, name)
             _require(_is_number(value), name, value, "0 or more")
 

@@ -17,6 +17,11 @@ class Replay:
     """What happens, and when.
 
     Attributes:
+      cache: of the experts on the device.
+      link: to it.
+      layer_s: that a layer takes with all experts there.
+      splitter: says what the host computes; None loads everything.
+      fetch_s: see ``cost.ExpertCosts``; and copying_s.
       now: seconds since the start.
       stall_s: of which the device waited for copies and for the host.
       host_s: seconds that the host computed.
@@ -28,6 +33,8 @@ class Replay:
     link: ModelledLink
     layer_s: float
     splitter: Splitter | None
+    fetch_s: float = 0.0
+    copying_s: float = 0.0
     now: float = 0.0
     stall_s: float = 0.0
     host_s: float = 0.0
@@ -99,7 +106,7 @@ class Replay:
         for load in loads:
             self._start(link.demand, load)
         self.full_hits += not loads and not on_host
-        self._predict(layer, predictions)
+        num_ahead = self._predict(layer, predictions)
         if splitter is not None and on_host and splitter.copies_pay:
             self._keep(layer, on_host)
         ready = max([now, *map(link.arrival, needed)])
@@ -117,7 +124,8 @@ class Replay:
             self.host_s += host_s
             self.host_experts += len(on_host)
         self.stall_s += ready - now
-        self.now = ready + layer_s
+        fetching_s = self.fetch_s * (len(loads) + num_ahead) + self.copying_s * num_ahead
+        self.now = ready + layer_s + fetching_s
 
     def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
         """See ``residency.experts.DeviceExperts.outlook``."""
@@ -141,7 +149,9 @@ class Replay:
             self.link.drop(key)
             self.cache.forget(key)
 
-    def _predict(self, layer: int, predictions: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def _predict(self, layer: int, predictions: Sequence[tuple[int, Sequence[int]]]) -> int:
+        """Returns how many copies were asked for."""
+        num_asked = 0
         cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
         for key in cache.pass_layer(layer):
             self._drop_waiting(key)
@@ -156,6 +166,8 @@ class Replay:
                     continue
                 if load := cache.speculate(key, busy):
                     self._start(link.prefetch, load)
+                    num_asked += 1
+        return num_asked
 
     def _keep(self, layer: int, experts: Sequence[int]) -> None:
         if self.link.num_waiting or self.link.free_at > self.now:

@@ -47,7 +47,8 @@ class Report:
             f"device memory  {format_bytes(device_memory) if device_memory else 'the same':>12}, "
             f"read at {spec.device_bytes_per_s / 1e9:.1f} GB/s",
             f"control        round trip {_us(spec.round_trip_s)}, one more program "
-            f"{_us(spec.dispatch_s)}, a layer handed to the host and back {_us(spec.hand_over_s)}",
+            f"{_us(spec.dispatch_s)}, a layer handed to the host and back "
+            f"{_us(spec.hand_over_s)}, an expert asked for {_us(spec.fetch_s)}",
             "",
             *_copies("to the device", spec.to_device),
             *_copies("to the host", spec.to_host),

@@ -44,6 +44,7 @@ def test_every_number_is_measured_however_little_time_there_is(spec):
         spec.round_trip_s,
         spec.dispatch_s,
         spec.hand_over_s,
+        spec.fetch_s,
     ):
         assert 0 < number < math.inf
     assert 0 <= spec.spread < math.inf

@@ -32,7 +32,7 @@ def some_trace(num_steps: int, seed: int = 0) -> RoutingTrace:
     return dataclasses.replace(trace, decode_expert_ids=np.sort(trace.decode_expert_ids))
 
 
-def times_s(ways: list[Way], steps) -> list[float]:
+def times_s(ways: list[Way], steps, costs: ExpertCosts = COSTS) -> list[float]:
     policy = Policy(
         mode="offload", misses="auto", slots=(2,) * NUM_LAYERS, num_staging=4, eviction="lru"
     )
@@ -41,7 +41,7 @@ def times_s(ways: list[Way], steps) -> list[float]:
         steps,
         dict.fromkeys(range(NUM_LAYERS), (0, 1)),
         policy,
-        COSTS,
+        costs,
         step_s=dict.fromkeys((*MISSES, "compiled"), STEP_S),
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
@@ -74,6 +74,17 @@ def test_ways_may_change_between_steps_and_find_what_the_one_before_left():
     assert alone_s == pytest.approx(again_s)  # the host copies nothing
     assert times_s(["thread", "host"], steps)[1] == pytest.approx(STEP_S)
     assert times_s(["compiled", "compiled"], steps)[1] == pytest.approx(STEP_S)
+
+
+def test_the_loop_is_held_up_by_each_copy_and_the_compiled_engine_is_not():
+    steps = some_steps(1)
+    num_missing = sum(int(np.sum(choices > 1)) for choices in steps[0])
+    slow = dataclasses.replace(COSTS, fetch_s=1e-3)
+    assert num_missing > 0
+    fetched: dict[Way, int] = {"thread": num_missing, "compiled": 0}
+    for way, num_fetched in fetched.items():
+        (before_s,), (after_s,) = (times_s([way], steps, costs) for costs in (COSTS, slow))
+        assert after_s - before_s == pytest.approx(1e-3 * num_fetched)
 
 
 @given(num_steps=st.integers(1, 20), num_held=st.integers(0, NUM_EXPERTS), seed=st.integers(0, 9))

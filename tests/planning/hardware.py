@@ -34,6 +34,7 @@ def small_spec(**changes: Any) -> HardwareSpec:
         "round_trip_s": 3e-5,
         "dispatch_s": 1e-5,
         "hand_over_s": 1e-4,
+        "fetch_s": 5e-5,
         "experts": (small_experts(),),
         "spread": 0.05,
         "source": "measured by hand",

@@ -181,7 +181,7 @@ def test_a_machine_is_read_as_it_was_written(spec: HardwareSpec):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, ["another version", '"version": 1']),
+        ({"version": 3}, ["another version", '"version": 2']),
         ({"version": None}, ["another version", "none"]),
         ({"num_cores": 0}, ["num_cores", "whole number"]),
         ({"num_cores": 2.5}, ["num_cores"]),

@@ -82,13 +82,21 @@ def test_the_compiled_engine_tells_what_its_program_did(resident):
 
 
 def test_auto_makes_the_same_text_in_some_way(resident):
-    answer, _ = generate_json("--device_memory_gib=0.03")  # it does not fit whole
+    answer, stderr = generate_json("--device_memory_gib=0.03")  # it does not fit whole
     assert same_texts(answer, resident)
     policy = answer["model"]["plan"]["policy"]
     assert (policy["mode"], policy["engine"], policy["misses"]) == ("offload", "auto", "auto")
     residency = answer["stats"]["residency"]
     assert residency["way"] in ("thread", "split", "host", "compiled")
-    assert residency["predicted_step_s"] > 0
+    stats = answer["stats"]
+    by_step = stats["decode_tokens"] / stats["decode_steps"]
+    predicted = stats["predicted_tok_per_s"]
+    assert predicted == pytest.approx(by_step / residency["predicted_step_s"])
+    assert 0 < stats["decode_busy"]["device"] == pytest.approx(
+        residency["resident_step_s"] * stats["decode_steps"] / stats["decode_s"]
+    )
+    account = f"predicted {predicted:,.1f} tok/s, measured {stats['decode_tok_per_s']:,.1f} ("
+    assert account in stderr and "; busy of the time of decode steps: " in stderr
 
 
 def test_a_batch_within_a_budget_tells_exactly_what_happened(resident):
