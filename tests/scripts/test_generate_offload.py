@@ -92,8 +92,10 @@ def test_auto_makes_the_same_text_in_some_way(resident):
     by_step = stats["decode_tokens"] / stats["decode_steps"]
     predicted = stats["predicted_tok_per_s"]
     assert predicted == pytest.approx(by_step / residency["predicted_step_s"])
-    assert 0 < stats["decode_busy"]["device"] == pytest.approx(
-        residency["resident_step_s"] * stats["decode_steps"] / stats["decode_s"]
+    assert (
+        0
+        < stats["decode_busy"]["device"]
+        == pytest.approx(residency["resident_step_s"] * stats["decode_steps"] / stats["decode_s"])
     )
     account = f"predicted {predicted:,.1f} tok/s, measured {stats['decode_tok_per_s']:,.1f} ("
     assert account in stderr and "; busy of the time of decode steps: " in stderr
