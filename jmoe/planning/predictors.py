@@ -5,6 +5,7 @@ predicted to use, by the layers before it. Prediction from ids alone is the floo
 predict from the hidden state has to be better.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jmoe.errors import RequestError
 from jmoe.planning.traces import RoutingTrace
 
-PredictorName = Literal["none", "oracle", "recorded", "popularity", "markov"]
+PredictorName = Literal["none", "oracle", "noisy", "recorded", "popularity", "markov"]
 PREDICTORS: tuple[PredictorName, ...] = get_args(PredictorName)
 
 # Of the popularity of experts, in what follows a pair that was seen rarely.
@@ -20,24 +21,36 @@ _PRIOR_TOKENS = 4
 
 
 def predict(
-    trace: RoutingTrace, name: str, lookahead: int, fetch: int, train: RoutingTrace | None = None
+    trace: RoutingTrace,
+    name: str,
+    lookahead: int,
+    fetch: int,
+    train: RoutingTrace | None = None,
+    *,
+    recall: Sequence[float] = (),
+    seed: int = 0,
 ) -> np.ndarray:
     """Predictions for every token and layer of a trace.
 
     Args:
       trace: what is to be predicted.
-      name: "none"; "oracle", the truth; "recorded", what is in the trace; "popularity", the experts
-        that tokens of the layer use most; "markov", those that they use most after the two best
-        experts of the layer that predicts.
+      name: "none"; "oracle", the truth; "noisy", the truth with errors; "recorded", what is in the
+        trace; "popularity", the experts that tokens of the layer use most; "markov", those that
+        they use most after the two best experts of the layer that predicts.
       lookahead: number of distances, N.
-      fetch: experts for each token and layer, W; the oracle stops at top_k.
+      fetch: experts for each token and layer, W; oracle and noisy stop at top_k.
       train: the trace to learn from, for popularity and markov; None is the trace itself.
+      recall: for noisy the share of needed experts that it predicts, by distance, with top_k of
+        them. In place of each of the others is an expert that the token does not use; what is
+        right at some distance is so at all with a higher recall.
+      seed: of these errors.
 
     Returns:
       int16 [T, L, N, W], -1 for none. Nothing is predicted from one token to the next.
 
     Raises:
-      RequestError: unknown name; or so many predictions are not recorded.
+      RequestError: unknown name; or so many predictions are not recorded; or the recall is not
+        known for every distance, or not possible.
     """
     if name not in PREDICTORS:
         raise RequestError(
@@ -53,6 +66,8 @@ def predict(
         return predictions
     if name == "recorded":
         return _recorded(trace, lookahead, fetch)
+    if name == "noisy":
+        return _noisy(trace, lookahead, fetch, recall, seed)
     train = trace if train is None else train
     _check_same_shape(trace, train)
     popularity = train.popularity()
@@ -101,6 +116,30 @@ def _recorded(trace: RoutingTrace, lookahead: int, fetch: int) -> np.ndarray:
             expected=f"at most {recorded.shape[2]} layers, {recorded.shape[3]} experts",
         )
     return recorded[:, :, :lookahead, :fetch]
+
+
+def _noisy(
+    trace: RoutingTrace, lookahead: int, fetch: int, recall: Sequence[float], seed: int
+) -> np.ndarray:
+    if len(recall) != lookahead or not all(0 <= share <= 1 for share in recall):
+        raise RequestError(
+            "a noisy prediction needs its recall for every distance",
+            got=", ".join(f"{share:g}" for share in recall) or "none",
+            expected=f"{lookahead} shares from 0 to 1, of the layer ahead first",
+        )
+    ids, num_experts, top_k = trace.decode_expert_ids, trace.num_experts, trace.top_k
+    rng = np.random.default_rng(seed)
+    # The experts of a layer in any order, but those that the token uses last.
+    order_TLE = rng.random((*ids.shape[:2], num_experts))
+    np.put_along_axis(order_TLE, ids.astype(np.int64), 2.0, axis=-1)
+    wrong_TLW = np.argsort(order_TLE, axis=-1)[..., :top_k].astype(np.int16)
+    wrong_TLW[..., num_experts - top_k :] = -1  # all others are in use
+    luck_TLK = rng.random(ids.shape)
+    predictions = np.full((*ids.shape[:2], lookahead, fetch), -1, np.int16)
+    for d, share in enumerate(recall):
+        named = np.where(luck_TLK < share, ids, wrong_TLW)
+        predictions[:, d + 1 :, d, :top_k] = named[:, d + 1 :, :fetch]
+    return predictions
 
 
 def _check_same_shape(trace: RoutingTrace, train: RoutingTrace) -> None:

@@ -41,7 +41,7 @@ class SimulationResult:
     useless: int  # predicted and dropped unused
     copies: int  # that the link made
     seconds: float
-    compute_s: float
+    compute_s: float  # the device computed
     stall_s: float  # waited for copies, and for the host
     link_s: float  # the link was busy
     host_s: float  # the host computed experts
@@ -91,6 +91,7 @@ def simulate(
     predictor: str = "none",
     lookahead: int = 1,
     fetch: int | None = None,
+    recall: Sequence[float] = (),
     train: RoutingTrace | None = None,
     initial: Iterable[ExpertKey] | None = None,
     blob_bytes: int = 0,
@@ -115,6 +116,7 @@ def simulate(
       predictor: a name in predictors.PREDICTORS.
       lookahead: for how many layers ahead experts are predicted.
       fetch: experts for each of them; None is top_k.
+      recall: of the predictor noisy, by distance.
       train: what popularity and markov learn from; None is the trace itself.
       initial: the experts that hold slots at first, oldest first; None is the first ones of each
         layer: by number, or for the rule popularity the most popular ones.
@@ -125,7 +127,7 @@ def simulate(
       misses: what becomes of experts that are needed and not there; see ``policy.Policy``.
       host_s: of computing one expert on the host, unless misses are loaded.
       device_s: of computing one expert on the device: a part of layer_s.
-      seed: for random eviction.
+      seed: for random eviction, and for the errors of noisy predictions.
 
     Raises:
       RequestError: an argument is out of range, or places are too few.
@@ -166,7 +168,9 @@ def simulate(
             for expert in ranked[layer, :size][:: -1 if eviction == "popularity" else 1]
         )
     cache.fill(initial)
-    predictions = predictors.predict(trace, predictor, ahead, fetch, train)
+    predictions = predictors.predict(
+        trace, predictor, ahead, fetch, train, recall=recall, seed=seed
+    )
     link = ModelledLink(latency_s + blob_bytes / bytes_per_s)
     splitter = None
     if misses != "load":
@@ -196,7 +200,9 @@ def simulate(
         copies=link.copies,
         host_experts=replay.host_experts,
         seconds=replay.now,
-        compute_s=trace.num_tokens * trace.num_layers * layer_s,
+        compute_s=max(
+            0.0, trace.num_tokens * trace.num_layers * layer_s - replay.host_experts * device_s
+        ),
         stall_s=replay.stall_s,
         host_s=replay.host_s,
         link_s=link.copies * link.copy_s,

@@ -20,12 +20,13 @@ _COLOURS = {
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 400, 52, 500, 40, 352
 
 
-def check(file: str, predictors: Sequence[str]) -> None:
+def check(file: str, predictors: Sequence[str], ways: Sequence[str]) -> None:
     """Raises RequestError, before minutes of work, if the picture cannot be drawn or written."""
-    if len(predictors) > 1:
-        raise RequestError(
-            "a picture shows one predictor", got=", ".join(predictors), do="leave --plot out"
-        )
+    for what, values in (("predictor", predictors), ("way of serving misses", ways)):
+        if len(values) > 1:
+            raise RequestError(
+                f"a picture shows one {what}", got=", ".join(values), do="leave --plot out"
+            )
     path = Path(file)
     if path.is_dir() or not path.parent.is_dir():
         raise _no_place(path, "a directory" if path.is_dir() else "no such directory")

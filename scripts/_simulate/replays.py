@@ -9,6 +9,7 @@ import numpy as np
 
 from jmoe.errors import RequestError
 from jmoe.planning import predictors
+from jmoe.planning.policy import MISSES
 from jmoe.planning.simulate import SimulationResult, simulate
 from jmoe.planning.traces import RoutingTrace
 from jmoe.residency.eviction import StaticPopularity
@@ -34,10 +35,11 @@ class Replay:
     slots: int  # of each layer
     rule: str
     predictor: str
+    way: str  # in which misses are served
     result: SimulationResult
 
     def to_json(self) -> dict:
-        names = ("slots", "rule", "predictor")
+        names = ("slots", "rule", "predictor", "way")
         return {name: getattr(self, name) for name in names} | self.result.to_json()
 
 
@@ -118,6 +120,58 @@ def choose_slots(text: str | None, num_experts: int) -> list[int]:
     return slots
 
 
+def choose_ways(
+    text: str | None, *, host_s: float | None, device_s: float, layer_s: float, has_link: bool
+) -> tuple[list[str], dict[str, float]]:
+    """How misses are served, and what ``simulate`` needs to know for it (RequestError)."""
+    ways = choose_names(text, MISSES, ["load"])
+    with_host = ways != ["load"]
+    asked = {"--misses": with_host, "--host_s": host_s is not None, "--device_s": device_s > 0}
+    flag = next((flag for flag, is_asked in asked.items() if is_asked), None)
+    if flag is not None and not has_link:
+        raise RequestError(
+            f"{flag} says what takes which time, and needs the speed of a link",
+            do="add --link_bytes_per_s, as in 11e9",
+        )
+    if flag is not None and not with_host:
+        raise RequestError(
+            f"{flag} is for experts that the host may compute",
+            got="--misses=load",
+            do="add --misses=load,split,host, or leave it out",
+        )
+    if with_host and (host_s is None or not 0 < host_s < math.inf):
+        raise RequestError(
+            "--misses needs the time in which the host computes an expert",
+            got=None if host_s is None else f"--host_s={host_s:g}",
+            do="give it, as in --host_s=4e-3",
+        )
+    if device_s > layer_s:
+        raise RequestError(
+            "an expert takes a part of the time of its layer",
+            got=f"--device_s={device_s:g}",
+            expected=f"at most --layer_s={layer_s:g}",
+        )
+    return ways, {"host_s": host_s or 0.0, "device_s": device_s} if with_host else {}
+
+
+def choose_recall(text: str | None, predicted: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """What ``simulate`` needs to know of noisy predictions (RequestError)."""
+    if (text is not None) != ("noisy" in predicted):
+        raise RequestError(
+            "noisy predictions and --recall go together",
+            got="--predictors=" + ",".join(predicted) + ("" if text is None else f", {text!r}"),
+            do="give both, as in --predictors=noisy --recall=0.8, or neither",
+        )
+    if text is None:
+        return {}
+    try:
+        return {"recall": tuple(float(share) for share in text.split(","))}
+    except ValueError:
+        raise RequestError(
+            "--recall is no list of shares", got=text, expected="one for each layer ahead"
+        ) from None
+
+
 def choose_link(
     bytes_per_s: float | None, expert_bytes: float | None, *, latency_s: float, layer_s: float
 ) -> dict[str, float]:
@@ -144,7 +198,7 @@ def choose_link(
 
 
 def replay(
-    traces: Traces, num_slots: int, rule: str, predictor: str, seed: int, **arguments
+    traces: Traces, num_slots: int, rule: str, predictor: str, way: str, seed: int, **arguments
 ) -> Replay:
     """Replays one policy; arguments are those of ``simulate``."""
     trace, train = traces.choose(rule, predictor)
@@ -164,10 +218,11 @@ def replay(
         eviction=eviction,
         predictor=predictor,
         train=train,
+        misses=way,  # type: ignore[arg-type]
         seed=seed,
         **arguments,
     )
-    return Replay(slots=num_slots, rule=rule, predictor=predictor, result=result)
+    return Replay(slots=num_slots, rule=rule, predictor=predictor, way=way, result=result)
 
 
 def prediction_floor(

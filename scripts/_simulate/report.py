@@ -51,6 +51,36 @@ def each(replays: Sequence[Replay]) -> str:
     )
 
 
+def each_way(replays: Sequence[Replay]) -> str:
+    """A line for each policy and way of serving misses."""
+    titles = ["slots", "rule", "predictor", "misses", "hit rate", "loads/token", "host/token"]
+    rows = [[*titles, "tok/s", "link s", "host s", "device s", "of bound", "longest"]]
+    for replay in replays:
+        result = replay.result
+        busy_s = {"link": result.link_s, "host": result.host_s, "device": result.compute_s}
+        rows.append(
+            [
+                str(replay.slots),
+                replay.rule,
+                replay.predictor,
+                replay.way,
+                f"{result.hit_rate:.3f}",
+                f"{result.loads_per_token:.1f}",
+                f"{result.host_experts / result.num_tokens:.1f}",
+                f"{result.tokens_per_s:.3f}",
+                *(f"{seconds:.3g}" for seconds in busy_s.values()),
+                f"{result.bound_share:.1%}",
+                max(busy_s, key=lambda name: busy_s[name]),
+            ]
+        )
+    return (
+        f"{_table(rows)}\n\n"
+        "  host/token: experts that the host computed\n"
+        "  link s, host s, device s: how long each of them worked\n"
+        "  of bound: what the longest of the three explains of the time"
+    )
+
+
 def recall(rates: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Recall of predictions by distance and number fetched."""
     width = max(len(row) for by_distance in rates.values() for row in by_distance)

@@ -121,6 +121,26 @@ def test_an_empty_trace_is_simulated():
     assert (result.hit_rate, result.loads_per_token, result.bound_share) == (0, 0, 0)
 
 
+def test_noisy_predictions_have_their_recall_and_never_the_same_expert_twice():
+    trace = random_trace(num_tokens=2000)
+    predicted = predictors.predict(trace, "noisy", 2, 3, recall=(0.8, 0.5))
+    rates = predictors.recall(trace, predicted)
+    assert rates[:, 1].tolist() == pytest.approx([0.8, 0.5], abs=0.03)
+    assert (predicted[:, 1:, 0, 2] == -1).all()  # no more than top_k
+    named = np.sort(predicted[:, 1:, 0, :2], axis=-1)
+    assert (named[..., 0] != named[..., 1]).all() and (named >= 0).all()
+    right = predicted[:, 2:] == trace.decode_expert_ids[:, 2:, None, [0, 1, 0]]
+    assert not (right[:, :, 1] & ~right[:, :, 0])[..., :2].any()
+    with pytest.raises(RequestError, match="every distance"):
+        predictors.predict(trace, "noisy", 2, 2, recall=(0.8, 1.2))
+
+
+def test_where_all_experts_are_used_a_noisy_prediction_leaves_some_out():
+    trace = random_trace(num_experts=3)
+    predicted = predictors.predict(trace, "noisy", 1, 2, recall=(0.0,))
+    assert (predicted[:, 1:, 0, 0] >= 0).all() and (predicted[:, 1:, 0, 1] == -1).all()
+
+
 def test_popularity_and_pairs_predict_what_they_learnt():
     # The pair 0, 1 is followed by 2, 3; the pair 0, 2, seen less often, by 4, 5.
     train = trace_of(*[[[1, 0], [2, 3]]] * 3, *[[[0, 2], [4, 5]]] * 2)

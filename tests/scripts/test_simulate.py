@@ -76,6 +76,34 @@ def test_on_a_link_there_are_times(trace: Path):
     assert "tok/s" in text and "of bound" in text
 
 
+def test_ways_of_serving_misses_are_compared_by_what_each_resource_did(trace: Path):
+    flags = f"--trace={trace}", *LINK, "--slots=2", "--rules=lru", "--misses=load,split,host"
+    times = "--host_s=0.001", "--device_s=0.0001"
+    value = simulate_json(*flags, *times)
+    load, split, host = value["replays"]
+    assert [replay["way"] for replay in value["replays"]] == ["load", "split", "host"]
+    assert value["settings"]["host_s"] == 0.001 and value["settings"]["device_s"] == 0.0001
+    assert load["host_experts"] == host["copies"] == 0
+    assert 0 < split["host_experts"] < host["host_experts"] and split["copies"] > 0
+    assert host["host_s"] == pytest.approx(0.001 * host["host_experts"])
+    assert split["seconds"] < min(load["seconds"], host["seconds"])
+    for replay in value["replays"]:
+        assert replay["hits"] + replay["misses"] + replay["host_experts"] == 40 * 3 * 2
+        longest_s = max(replay["link_s"], replay["host_s"], replay["compute_s"])
+        assert replay["bound_share"] == pytest.approx(longest_s / replay["seconds"])
+    text = simulate_text(*flags, *times)
+    rows = [line.split() for line in text.splitlines() if line.split()[1:2] == ["lru"]]
+    assert "host/token" in text and "device s" in text
+    assert [row[3] for row in rows] == ["load", "split", "host"]
+
+
+def test_noisy_predictions_name_as_many_as_asked_for(trace: Path):
+    flags = f"--trace={trace}", *LINK, "--slots=2", "--rules=lru", "--predictors=noisy"
+    value = simulate_json(*flags, "--lookahead=2", "--recall=1,0")
+    (replay,) = value["replays"]
+    assert [row[-1] for row in replay["recall"]] == [1.0, 0.0]
+
+
 def test_recorded_predictions_are_shown_and_used(tmp_path: Path):
     recorder = TraceRecorder(num_layers=2, num_experts=4, top_k=1)
     recorder.begin()
@@ -124,9 +152,19 @@ def test_the_picture_has_a_point_for_each_figure(trace: Path, tmp_path: Path):
         (["--link_bytes_per_s=0", "--expert_bytes=1"], ["speed above 0"]),
         (["--layer_s=1"], ["--link_bytes_per_s"]),
         (["--lookahead=0"], ["--lookahead"]),
+        (["--misses=split"], ["--misses", "--link_bytes_per_s"]),
+        (["--host_s=1"], ["--host_s", "--link_bytes_per_s"]),
+        ([*LINK, "--misses=auto"], ["'auto'", "load, split, host"]),
+        ([*LINK, "--misses=split"], ["--host_s=4e-3"]),
+        ([*LINK, "--host_s=1"], ["--host_s", "--misses=load,split,host"]),
+        ([*LINK, "--misses=host", "--host_s=1", "--device_s=1"], ["--layer_s=0.001"]),
+        (["--predictors=noisy"], ["--recall"]),
+        (["--recall=0.8"], ["--recall", "noisy"]),
+        (["--predictors=noisy", "--recall=0.8,0.7"], ["every distance", "0.8, 0.7"]),
         (["--num_staging=0", "--slots=1"], ["too few places"]),
         (["--plot=/absent/plot.svg"], ["/absent/plot.svg", "no such directory"]),
         (["--plot=plot.svg", "--predictors=none,oracle"], ["one predictor"]),
+        ([*LINK, "--plot=x.svg", "--misses=load,host", "--host_s=1"], ["one way of serving"]),
         (["--eviction=lru"], ["--help lists the flags"]),
     ],
 )
