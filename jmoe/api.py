@@ -430,7 +430,8 @@ def load(
       lock_memory_gib: of experts in mapped files: so much of them is kept in memory, of those that
         are used most. None is a share of what is free if they do not all fit, else nothing.
       popularity: file of recorded routing (``LLM.routing``) that says which ones those are to begin
-        with; without it that is learnt from use.
+        with; without it that is learnt from use. By the policy offload these experts also get the
+        slots on the device that are free, before anything is generated.
       random_weights: fill the shape of a known model ("mixtral-8x7b") or of a config.json
         with random weights instead, with the embedded model's tokenizer.
       num_layers: with random weights: instead of the shape's own number.

@@ -52,7 +52,8 @@ LOCK_MEMORY_GIB = flags.DEFINE_float(
 POPULARITY = flags.DEFINE_string(
     "popularity",
     None,
-    "File of --record_routing that says which experts those are to begin with. Default: learnt.",
+    "File of --record_routing that says which experts are used most. They are locked first, and by "
+    "the policy offload on the device to begin with. Default: that is learnt.",
 )
 RANDOM_WEIGHTS = flags.DEFINE_bool(
     "random_weights", False, "Fill the shape of --model with random weights."

@@ -99,10 +99,8 @@ def test_experts_in_memory_have_no_disk(store: Path):
     [
         ({"host_memory": "ram", "read_ahead": False}, ("read_ahead is for", "host_memory ram")),
         ({"host_memory": "ram", "lock_memory_gib": 1.0}, ("lock_memory_gib is for", "ram")),
-        ({"host_memory": "ram", "popularity": "trace.npz"}, ("popularity is for", "ram")),
         ({"lock_memory_gib": -1.0}, ("must be 0 or more", "-1.0")),
         ({"lock_memory_gib": float("nan")}, ("must be 0 or more",)),
-        ({"popularity": "trace.npz", "lock_memory_gib": 0.0}, ("nothing is to be locked",)),
         ({"lock_memory_gib": 1.0}, ("does not say which ones it uses most", "popularity")),
     ],
 )
@@ -110,6 +108,15 @@ def test_what_contradicts_itself_is_refused(arguments: dict, words: tuple[str, .
     with pytest.raises(RequestError) as caught:
         jmoe.load(store, **arguments)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_popularity_without_memory_to_lock_or_slots_to_fill_is_refused(store: Path, tmp_path: Path):
+    random_trace(20, 12, 8).save(tmp_path / "trace.npz")
+    arguments = {"popularity": tmp_path / "trace.npz", "lock_memory_gib": 0.0}
+    with pytest.raises(RequestError, match="nothing is to be locked"):
+        jmoe.load(store, policy="resident", **arguments)
+    with jmoe.load(store, **_OFFLOAD, **arguments) as llm:
+        assert any("experts are on the device to begin with" in note for note in llm.notes)
 
 
 @pytest.mark.parametrize("model", [None, "mixtral-8x7b"])

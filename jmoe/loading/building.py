@@ -13,6 +13,7 @@ from jmoe.engines.offload import HostSide, OffloadEngine
 from jmoe.engines.resident import ResidentEngine
 from jmoe.loading.hardware import find_hardware, subject_of
 from jmoe.loading.options import LoadOptions
+from jmoe.loading.popularity import Shares, hold_popular, read_popularity
 from jmoe.native import library
 from jmoe.native.choice import HostKernels, uncovered
 from jmoe.planning import sizes
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
       device: where it runs.
       plan: where the bytes go.
       options: what was asked for.
+      popularity: how often recorded runs used each expert; empty if no record is named.
     """
 
     config: ModelConfig
@@ -50,6 +52,7 @@ class Setup(NamedTuple):
     device: jax.Device
     plan: Plan
     options: LoadOptions
+    popularity: Shares
 
     @property
     def is_offload(self) -> bool:
@@ -100,6 +103,8 @@ class Setup(NamedTuple):
                 engine = ResidentEngine(
                     self.config, parameters, self.dtype, self.device, self.quant, host
                 )
+            if self.popularity and (store is None or store.disk is None):
+                notes += ("popularity has no effect: no expert is offloaded or mapped",)
             return engine, (*notes, *(reasons if self.options.budget_bytes else ()))
         assert self.quant is not None
         link = self.make_link(self.quant)
@@ -123,7 +128,13 @@ class Setup(NamedTuple):
             engine.recorder = TraceRecorder(
                 self.config.num_hidden_layers, router.num_experts, router.top_k
             )
-        return engine, (*notes, *reasons, *engine.notes)
+        try:
+            with self._explaining():
+                held = hold_popular(engine, self.popularity)
+        except BaseException:
+            engine.close()
+            raise
+        return engine, (*notes, *reasons, *engine.notes, *held)
 
     def _explaining(self) -> ExplainShortage:
         return ExplainShortage("loading the weights", self.device, self._remedy)
@@ -224,6 +235,7 @@ def decide(
     config: ModelConfig, quant: QuantSpec | None, options: LoadOptions, device: jax.Device
 ) -> Setup:
     """Decides how a model runs (ConfigError, CapacityError, RequestError)."""
+    popularity = read_popularity(options, config)
     requested = options.requested_policy
     if requested == "host" or getattr(requested, "mode", None) == "host":
         device = jax.local_devices(backend="cpu")[0]
@@ -248,7 +260,7 @@ def decide(
     )
     if plan.policy.mode == "offload" and quant is None:
         quant = PRESETS["f32" if dtype == "float32" else "bf16"]
-    return Setup(config, dtype, quant, device, plan, options)
+    return Setup(config, dtype, quant, device, plan, options, popularity)
 
 
 def _num_positions(config: ModelConfig, options: LoadOptions) -> int:

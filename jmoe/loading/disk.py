@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from jmoe.config import ModelConfig
 from jmoe.engines.offload import OffloadEngine
 from jmoe.engines.resident import ResidentEngine
 from jmoe.errors import RequestError
@@ -10,17 +9,12 @@ from jmoe.loading.building import Engine, Setup
 from jmoe.loading.options import LoadOptions
 from jmoe.planning.memory import available_host_bytes
 from jmoe.planning.policy import Policy
-from jmoe.planning.traces import RoutingTrace
 from jmoe.store.converted_model import ConvertedModel
 from jmoe.store.expert_store import ExpertStore
 from jmoe.store.host_memory import choose_host_memory, format_size
-from jmoe.store.reading_queue import BlobKey
 
 # Layers. What is predicted wrongly takes the disk's time: docs/disk.md.
 LOOKAHEAD = 1
-
-# Experts, and the share of tokens that used each.
-Shares = dict[BlobKey, float]
 
 
 def check_no_store(options: LoadOptions) -> None:
@@ -31,40 +25,6 @@ def check_no_store(options: LoadOptions) -> None:
             got="a model that is none",
             do="convert the model (scripts/convert.py), or leave it out",
         )
-
-
-def read_popularity(options: LoadOptions, config: ModelConfig) -> Shares:
-    """How often tokens of recorded runs used each expert; empty if no record is named.
-
-    Raises:
-      CheckpointError: the file is missing, damaged, or something else.
-      RequestError: it is of a model of another shape, or has no tokens.
-    """
-    if options.popularity is None:
-        return {}
-    router = config.router
-    trace = RoutingTrace.load(options.popularity, num_experts=router.num_experts)
-    counts_LE = trace.popularity() + trace.popularity(prompts=True)
-    shape = config.num_hidden_layers, router.num_experts
-    if counts_LE.shape != shape or trace.top_k != router.top_k:
-        raise RequestError(
-            "the recorded routing is of another model",
-            where=options.popularity,
-            got="{} layers of {} experts, top {}".format(*counts_LE.shape, trace.top_k),
-            expected="{} layers of {} experts, top {}".format(*shape, router.top_k),
-        )
-    num_tokens = counts_LE[0].sum() / router.top_k
-    if not num_tokens:
-        raise RequestError(
-            "the recorded routing has no tokens",
-            where=options.popularity,
-            do="record a longer generation (--record_routing)",
-        )
-    return {
-        (layer, expert): float(count / num_tokens)
-        for layer, counts_E in enumerate(counts_LE)
-        for expert, count in enumerate(counts_E)
-    }
 
 
 def plan_disk(setup: Setup, model: ConvertedModel) -> Setup:
@@ -83,8 +43,17 @@ def plan_disk(setup: Setup, model: ConvertedModel) -> Setup:
 
 
 def check_engine(setup: Setup) -> None:
-    """Raises RequestError if memory is to be locked, and nobody will know for which experts."""
+    """Raises RequestError if memory is to be locked, and nobody will know for which experts.
+
+    Or if popular experts are named, and there is nothing to hold them in.
+    """
     options = setup.options
+    if options.popularity is not None and options.lock_memory_gib == 0 and not setup.is_offload:
+        raise RequestError(
+            "popular experts are to be locked in memory, and nothing is to be locked",
+            got=f"lock_memory_gib 0, and the routing {options.popularity}",
+            do="leave one of them out, or choose the policy offload",
+        )
     if options.lock_memory_gib and options.popularity is None and not setup.is_offload:
         raise RequestError(
             "an engine that computes where experts lie does not say which ones it uses most",
@@ -93,9 +62,7 @@ def check_engine(setup: Setup) -> None:
         )
 
 
-def use_disk(
-    setup: Setup, engine: Engine, store: ExpertStore, popularity: Shares
-) -> tuple[str, ...]:
+def use_disk(setup: Setup, engine: Engine, store: ExpertStore) -> tuple[str, ...]:
     """Fits an engine to experts that do not all fit into memory.
 
     It predicts one layer ahead, if nobody asked for another number, and the experts are locked that
@@ -105,6 +72,7 @@ def use_disk(
       What became of mapped experts, a sentence each.
     """
     disk, options, plan = store.disk, setup.options, setup.plan
+    popularity = setup.popularity
     if disk is None:
         asked = options.asks_of_disk
         return (f"{asked} has no effect: no expert is mapped",) if asked else ()

@@ -23,7 +23,6 @@ from jmoe.loading.disk import (
     check_engine,
     check_no_store,
     plan_disk,
-    read_popularity,
     use_disk,
 )
 from jmoe.loading.options import LoadOptions
@@ -172,7 +171,6 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
         setup.check_size()
     setup = plan_disk(setup, model)
     check_engine(setup)
-    popularity = read_popularity(options, model.config)
 
     def build() -> tuple[Engine, tuple[str, ...]]:
         with _bar(model.shared_bytes, "loading", options) as bar:
@@ -187,7 +185,7 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
                 store.open_disk(
                     available_host_bytes(),
                     # A program of all layers does not say which experts it will use.
-                    has_hints=setup.is_offload or bool(popularity),
+                    has_hints=setup.is_offload or bool(setup.popularity),
                     read_ahead=options.read_ahead,
                 )
             parameters = model.parameters(store, setup.dtype, bar.update)
@@ -200,7 +198,7 @@ def _find_store(name: str, directory: Path, options: LoadOptions, device: jax.De
             *notes,
             f"experts in host memory: {store.memory} ({store.memory_reason}); "
             f"pages: {lock.kind} ({lock.reason})",
-            *use_disk(setup, engine, store, popularity),
+            *use_disk(setup, engine, store),
         )
 
     # A store of random weights has no tokenizer: see _find_random.

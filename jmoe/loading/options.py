@@ -92,12 +92,6 @@ class LoadOptions:
             raise RequestError(
                 "the memory to lock, in GiB, must be 0 or more", got=self.lock_memory_gib
             )
-        if self.popularity is not None and self.lock_memory_gib == 0:
-            raise RequestError(
-                "popular experts are to be locked in memory, and nothing is to be locked",
-                got=f"lock_memory_gib 0, and the routing {self.popularity}",
-                do="leave one of them out",
-            )
         if self.asks_of_disk and self.host_memory == "ram":
             raise RequestError(
                 f"{self.asks_of_disk} is for experts that are mapped from files",
@@ -111,7 +105,6 @@ class LoadOptions:
         asked = {
             "read_ahead": not self.read_ahead,
             "lock_memory_gib": self.lock_memory_gib is not None,
-            "popularity": self.popularity is not None,
         }
         return next((name for name, is_asked in asked.items() if is_asked), None)
 

@@ -5,6 +5,7 @@ exists as long as the cache has an entry for it: so never more of them than ther
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -197,6 +198,40 @@ class DeviceExperts:
             if load is not None and not self._fetcher.prefetch([load.key]):
                 self.cache.forget(load.key)
         self._note_peak()
+
+    def hold(self, ranked: Iterable[ExpertKey]) -> int:
+        """Copies experts into the slots that are free, and waits for them: between batches.
+
+        They are given up before any expert that was used, the last ones first.
+
+        Args:
+          ranked: distinct experts, best first.
+
+        Returns:
+          How many were copied.
+
+        Raises:
+          TransferError: a copy failed.
+          CapacityError: the device had no memory for one.
+        """
+        cache = self.cache
+        coming: list[ExpertKey] = []
+        of_pool: Counter[int] = Counter()
+        for key in ranked:
+            pool = 0 if isinstance(cache.slots, int) else key.layer
+            if key not in cache and of_pool[pool] < cache.num_free(key.layer):
+                of_pool[pool] += 1
+                coming.append(key)
+        cache.fill(reversed(coming))
+        self._note_peak()
+        for i in range(0, len(coming), cache.num_experts):
+            group = coming[i : i + cache.num_experts]
+            if self._disk is not None:  # not all of them may fit into memory at once
+                self._disk.demand(group)
+            self._fetcher.demand(group)
+            for key in group:
+                self._wait(key)
+        return len(coming)
 
     def take(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
         """The arrays of experts that were needed, in this order; waits for them.

@@ -12,6 +12,7 @@ import numpy as np
 from jmoe.metrics import LayerTraffic, Traffic
 from jmoe.residency.array_cache import COUNTS, RULES, CacheStatic, make_pools
 from jmoe.residency.counts import Counts
+from jmoe.residency.entries import ExpertKey
 from jmoe.residency.experts import MAX_IN_FLIGHT, DeviceExperts
 from jmoe.residency.slot_array import PromptExperts, SlotArray
 
@@ -26,6 +27,7 @@ class SwitchingExperts:
     Attributes:
       experts: arrays of their own. While slots is there, only for staging.
       slots: one array of slots, or None.
+      num_favoured: copies that were made for ``favour``.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class SwitchingExperts:
         """
         self.experts = experts
         self.slots: SlotArray | None = None
+        self.num_favoured = 0
+        self._favourites: Sequence[ExpertKey] = ()
         self._blob_bytes = blob_bytes
         self._num_needed = num_needed
         self._make_slots = make_slots
@@ -105,6 +109,40 @@ class SwitchingExperts:
         if self.slots is not None and self.static is None:
             self.move_into_arrays()
         self._apply_sizes()
+        self._hold_favourites()
+
+    def favour(self, ranked: Sequence[ExpertKey]) -> int:
+        """Names the experts that get slots which are free: now, and whenever slots change.
+
+        What is used comes before them. Nothing may be under way.
+
+        Args:
+          ranked: distinct experts, best first.
+
+        Returns:
+          How many of them were copied now.
+
+        Raises:
+          TransferError: a copy failed.
+          CapacityError: the device had no memory for one.
+        """
+        self._favourites = tuple(ranked)
+        return self._hold_favourites()
+
+    def _hold_favourites(self) -> int:
+        if not self._favourites:
+            return 0
+        if self.slots is None:
+            num_copied = self.experts.hold(self._favourites)
+        else:
+            num_copied = 0
+            for layer, there in self.held().items():
+                favourites = [key.expert for key in self._favourites if key.layer == layer]
+                absent = [expert for expert in favourites if expert not in there]
+                num_copied += self._put_into_slots(layer, [*there, *absent])
+            self.experts.settle()
+        self.num_favoured += num_copied
+        return num_copied
 
     def settle(self) -> None:
         """Ends a batch, however it ended."""
@@ -131,11 +169,17 @@ class SwitchingExperts:
         self._prompt_experts = PromptExperts(slots, self.experts)
         self.slots = slots
         for layer, experts in held.items():
-            coming = slots.make_room(layer, experts)
-            for expert, blob, _ in self.experts.stream(layer, list(coming), (), _no_fence):
-                slots.put(layer, expert, coming[expert], blob)
-                del blob
+            self._put_into_slots(layer, experts)
         self.experts.settle()
+
+    def _put_into_slots(self, layer: int, wanted: Sequence[int]) -> int:
+        """Lets a layer's slots hold the first of these; returns how many were copied."""
+        assert self.slots is not None
+        coming = self.slots.make_room(layer, wanted)
+        for expert, blob, _ in self.experts.stream(layer, list(coming), (), _no_fence):
+            self.slots.put(layer, expert, coming[expert], blob)
+            del blob
+        return len(coming)
 
     def move_into_arrays(self) -> None:
         """And the other way round."""
