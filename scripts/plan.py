@@ -2,12 +2,15 @@
 
 From its configuration alone: reads no weights and needs no device. With --device_memory_gib or
 --policy comes the plan by which generate.py would run it on an accelerator: where every byte
-goes, and why. --quant=all compares the presets. Text or one JSON object goes to stdout.
+goes, and why. With --hardware, too, how fast it would decode one sequence on such a machine, as
+simulated. --quant=all compares the presets. Text or one JSON object goes to stdout.
 
 Examples:
   python scripts/plan.py --model=mixtral-8x7b --quant=attn4-experts4 --device_memory_gib=16
   python scripts/plan.py --model=mixtral-8x7b --quant=all --device_memory_gib=12
   python scripts/plan.py --device_memory_gib=0.02 --policy=offload --save_policy=policy.json
+  python scripts/plan.py --model=mixtral-8x7b --quant=int4 --device_memory_gib=16 \\
+      --hardware=rtx4090-ddr5 --trace=trace.npz
   python scripts/plan.py --model=mixtral-8x22b --quant=attention=4g64,experts=3g32 --batch=4
   python scripts/plan.py --model=path/to/model --context=32768 --output=json | jq .components
 """
@@ -39,6 +42,17 @@ _POLICY = flags.DEFINE_string(
 _SAVE_POLICY = flags.DEFINE_string(
     "save_policy", None, "Write the policy that the plan comes to into this file, for --policy."
 )
+_HARDWARE = flags.DEFINE_string(
+    "hardware",
+    None,
+    "Machine to predict the speed of: a preset (scripts/hardware.py --hardware=list), or a file of "
+    "scripts/hardware.py --output=json.",
+)
+_TRACE = flags.DEFINE_string(
+    "trace",
+    None,
+    "Recorded routing (generate.py --record_routing) to predict by. Default: random routing.",
+)
 _CONTEXT = flags.DEFINE_integer(
     "context", 4096, "Positions of a sequence, prompt and new tokens; at most the model's context."
 )
@@ -57,6 +71,7 @@ _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "What stdout car
 
 def main() -> None:
     from _plan.report import Setting, comparison
+    from _plan.speed import find_machine
 
     from jmoe.errors import ConfigError, RequestError
     from jmoe.loading import EMBEDDED_MODEL
@@ -74,6 +89,14 @@ def main() -> None:
     policy = None if _POLICY.value is None else read_request(_POLICY.value)
     if _SAVE_POLICY.value is not None and policy is None:
         policy = "auto"
+    machine = find_machine(
+        _HARDWARE.value,
+        _TRACE.value,
+        config,
+        has_plan=policy is not None or _DEVICE_MEMORY_GIB.value is not None,
+        batch_size=_BATCH.value,
+        num_quants=2 if _QUANT.value == "all" else 1,
+    )
     setting = Setting(
         model=_MODEL.value or "tiny-mixtral (embedded)",
         config=config,
@@ -82,6 +105,7 @@ def main() -> None:
         num_positions=num_positions,
         device_memory_gib=_DEVICE_MEMORY_GIB.value,
         policy=policy,
+        machine=machine,
     )
     reports = []
     if _QUANT.value == "all":

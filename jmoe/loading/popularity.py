@@ -7,7 +7,7 @@ from jmoe.engines.offload import OffloadEngine
 from jmoe.errors import RequestError
 from jmoe.loading.options import LoadOptions
 from jmoe.planning.budget import format_bytes
-from jmoe.planning.traces import RoutingTrace
+from jmoe.planning.traces import read_trace_of
 from jmoe.residency.entries import ExpertKey
 from jmoe.store.reading_queue import BlobKey
 
@@ -24,18 +24,9 @@ def read_popularity(options: LoadOptions, config: ModelConfig) -> Shares:
     """
     if options.popularity is None:
         return {}
-    router = config.router
-    trace = RoutingTrace.load(options.popularity, num_experts=router.num_experts)
+    trace = read_trace_of(options.popularity, config)
     counts_LE = trace.popularity() + trace.popularity(prompts=True)
-    shape = config.num_hidden_layers, router.num_experts
-    if counts_LE.shape != shape or trace.top_k != router.top_k:
-        raise RequestError(
-            "the recorded routing is of another model",
-            where=options.popularity,
-            got="{} layers of {} experts, top {}".format(*counts_LE.shape, trace.top_k),
-            expected="{} layers of {} experts, top {}".format(*shape, router.top_k),
-        )
-    num_tokens = counts_LE[0].sum() / router.top_k
+    num_tokens = counts_LE[0].sum() / trace.top_k
     if not num_tokens:
         raise RequestError(
             "the recorded routing has no tokens",

@@ -101,6 +101,7 @@ def simulate(
     misses: Misses = "load",
     host_s: float = 0.0,
     device_s: float = 0.0,
+    costs: ExpertCosts | None = None,
     seed: int = 0,
 ) -> SimulationResult:
     """Decodes a trace, one token after another and without clearing the cache between sequences.
@@ -127,6 +128,7 @@ def simulate(
       misses: what becomes of experts that are needed and not there; see ``policy.Policy``.
       host_s: of computing one expert on the host, unless misses are loaded.
       device_s: of computing one expert on the device: a part of layer_s.
+      costs: of an expert, in place of bytes_per_s, latency_s, host_s and device_s.
       seed: for random eviction, and for the errors of noisy predictions.
 
     Raises:
@@ -171,13 +173,14 @@ def simulate(
     predictions = predictors.predict(
         trace, predictor, ahead, fetch, train, recall=recall, seed=seed
     )
-    link = ModelledLink(latency_s + blob_bytes / bytes_per_s)
-    splitter = None
-    if misses != "load":
+    if costs is None:
         costs = ExpertCosts(
-            copy_s=link.copy_s, host=lambda tokens: host_s, device=lambda tokens: device_s
+            copy_s=latency_s + blob_bytes / bytes_per_s,
+            host=lambda tokens: host_s,
+            device=lambda tokens: device_s,
         )
-        splitter = Splitter(costs, misses=misses)
+    link = ModelledLink(costs.copy_s)
+    splitter = None if misses == "load" else Splitter(costs, misses=misses)
     replay = Replay(cache, link, layer_s, splitter)
     try:
         replay.run(trace, predictions)
@@ -201,7 +204,8 @@ def simulate(
         host_experts=replay.host_experts,
         seconds=replay.now,
         compute_s=max(
-            0.0, trace.num_tokens * trace.num_layers * layer_s - replay.host_experts * device_s
+            0.0,
+            trace.num_tokens * trace.num_layers * layer_s - replay.host_experts * costs.device(1),
         ),
         stall_s=replay.stall_s,
         host_s=replay.host_s,

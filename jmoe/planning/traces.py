@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 
+from jmoe.config import ModelConfig
 from jmoe.errors import CheckpointError, RequestError
 from jmoe.store.safetensors_writer import write_file
 
@@ -177,6 +178,27 @@ class RoutingTrace:
             )
         except RequestError as error:
             raise _not_a_trace(path, got=error.got, expected=error.expected) from None
+
+
+def read_trace_of(path: str | os.PathLike[str], config: ModelConfig) -> RoutingTrace:
+    """Reads what was recorded of a model.
+
+    Raises:
+      CheckpointError: the file is missing, damaged, or something else.
+      RequestError: it is of a model of another shape.
+    """
+    router = config.router
+    trace = RoutingTrace.load(path, num_experts=router.num_experts)
+    got = trace.num_layers, trace.num_experts, trace.top_k
+    shape = config.num_hidden_layers, router.num_experts, router.top_k
+    if got != shape:
+        raise RequestError(
+            "the recorded routing is of another model",
+            where=path,
+            got="{} layers of {} experts, top {}".format(*got),
+            expected="{} layers of {} experts, top {}".format(*shape),
+        )
+    return trace
 
 
 class TraceRecorder:

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from _plan.speed import Machine, plans_by_way, table
 from jmoe.config import ModelConfig
 from jmoe.errors import CapacityError
 from jmoe.planning import sizes
 from jmoe.planning.budget import format_bytes
+from jmoe.planning.decode_speed import DecodeSpeed
 from jmoe.planning.need import MemoryNeed
 from jmoe.planning.plan import Plan, make_plan
 from jmoe.planning.policy import Policy
@@ -25,6 +27,7 @@ class Setting:
     num_positions: int
     device_memory_gib: float | None
     policy: str | Policy | None
+    machine: Machine | None = None
 
     def report(self, quant_name: str, quant: QuantSpec | None) -> "Report":
         """The bytes with one quantization, and the plan if one is asked for.
@@ -32,6 +35,7 @@ class Setting:
         Raises:
           ConfigError: a group size does not divide the rows of a matrix.
           RequestError: more positions than the model's context; a policy that cannot be.
+          ConfigError: the machine has no times of these experts.
         """
         need = MemoryNeed.of(
             self.config,
@@ -42,20 +46,27 @@ class Setting:
         )
         if self.device_memory_gib is None and self.policy is None:
             return Report(quant_name, need)
-        budget = None if self.device_memory_gib is None else int(self.device_memory_gib * 2**30)
         try:
-            plan = make_plan(
-                self.config,
-                self.dtype,
-                quant,
-                batch_size=self.batch_size,
-                num_positions=self.num_positions,
-                requested=self.policy or "auto",  # type: ignore[arg-type]
-                budget_bytes=budget,
-            )
+            plan = self._plan(quant, self.policy or "auto")
         except CapacityError as error:
             return Report(quant_name, need, refusal=error)
-        return Report(quant_name, need, plan)
+        speed = None
+        if self.machine is not None:
+            plans = plans_by_way(plan, lambda policy: self._plan(quant, policy), self.policy)
+            speed = self.machine.predict(self.config, self.dtype, quant, plans, need)
+        return Report(quant_name, need, plan, speed=speed)
+
+    def _plan(self, quant: QuantSpec | None, requested: str | Policy) -> Plan:
+        budget = None if self.device_memory_gib is None else int(self.device_memory_gib * 2**30)
+        return make_plan(
+            self.config,
+            self.dtype,
+            quant,
+            batch_size=self.batch_size,
+            num_positions=self.num_positions,
+            requested=requested,  # type: ignore[arg-type]
+            budget_bytes=budget,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -86,12 +97,14 @@ class Report:
       need: the bytes.
       plan: how it runs in the memory of a device, if that was asked for and can be.
       refusal: why it cannot be.
+      speed: of decoding, if it is predicted.
     """
 
     quant_name: str
     need: MemoryNeed
     plan: Plan | None = None
     refusal: CapacityError | None = None
+    speed: DecodeSpeed | None = None
 
     def save_policy(self, path: str) -> None:
         """Writes the plan's policy (CapacityError if there is no plan, RequestError)."""
@@ -123,7 +136,7 @@ class Report:
             "expert_bytes": need.expert_bytes,
             "plan": self.plan and self.plan.to_json(),
             "does_not_fit": self.refusal and str(self.refusal),
-        }
+        } | ({"decode": self.speed.to_json()} if self.speed is not None else {})
 
     def __str__(self) -> str:
         need, weights = self.need, sizes.total(self.need.weights)
@@ -146,6 +159,8 @@ class Report:
             lines.append(_line(title, format_bytes(num_bytes), share, bits))
         if self.plan is not None:
             lines += ["", str(self.plan)]
+        if self.speed is not None:
+            lines += ["", table(self.speed)]
         if self.refusal is not None:
             lines += ["", f"cannot be: {self.refusal}"]
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from jmoe.quant.spec import PRESETS
 from jmoe.store import manifest
 from tests.faults.checkpoints import TINY_MIXTRAL
 from tests.planning.test_sizes import PAPER_GIB
+from tests.planning.traces import random_trace
 from tests.scripts.processes import assert_one_error, run_script
 
 GIB = 2**30
@@ -186,4 +187,43 @@ def test_presets_that_a_model_cannot_have_are_left_out(tmp_path: Path):
     ],
 )
 def test_bad_input_is_one_error(flags: list[str], words: list[str]):
+    assert_one_error(run_script("plan.py", *flags), *words)
+
+
+_MACHINE = ("--model=mixtral-8x7b", "--quant=int4", "--num_layers=4", "--hardware=rtx4090-ddr5")
+
+
+def test_speeds_are_predicted_for_a_machine(tmp_path: Path):
+    random_trace(60, 4, 8).save(tmp_path / "trace.npz")
+    flags = (*_MACHINE, "--device_memory_gib=2.5", f"--trace={tmp_path / 'trace.npz'}")
+    plan = plan_json(*flags)
+    decode = plan["decode"]
+    assert decode["hardware"].startswith("RTX 4090")
+    assert decode["routing"].startswith("recorded routing, 60 tokens")
+    ways = decode["ways"]
+    assert list(ways) == ["load", "split", "host"]
+    assert ways["load"]["host_experts"] == ways["host"]["copies"] == 0
+    assert ways["host"]["tokens_per_s"] > ways["load"]["tokens_per_s"] > 0
+    assert plan["plan"] == plan_json(*flags[:3], flags[4])["plan"]
+    text = plan_text(*_MACHINE, "--device_memory_gib=2.5")
+    assert "by uniformly random routing, 1000 tokens" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if "%" in line}
+    assert all(len(rows[way]) == 8 for way in ways)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trace=trace.npz"], ["--hardware"]),
+        (["--hardware=rtx4090-ddr5"], ["--device_memory_gib or --policy"]),
+        (["--hardware=rtx5090", "--policy=offload"], ["'rtx5090'", "rtx4090-ddr5"]),
+        (["--hardware=rtx4090-ddr5", "--policy=offload", "--batch=2"], ["one sequence"]),
+        (["--hardware=rtx4090-ddr5", "--policy=offload", "--quant=all"], ["--quant=all"]),
+        ([*_MACHINE, "--policy=resident"], ["policy resident", "--policy=offload"]),
+        (["--hardware=rtx4090-ddr5", "--policy=offload"], ["no times of these experts", "192 x"]),
+        ([*_MACHINE, "--policy=offload", "--trace=/absent.npz"], ["/absent.npz"]),
+    ],
+    ids=str,
+)
+def test_speeds_that_cannot_be_predicted_are_one_error(flags: list[str], words: list[str]):
     assert_one_error(run_script("plan.py", *flags), *words)
