@@ -10,9 +10,10 @@ from jmoe.errors import ConfigError, RequestError
 from jmoe.planning.decode_speed import MAX_TOKENS, DecodeSpeed, predict_speed, uniform_trace
 from jmoe.planning.hardware import HardwareSpec
 from jmoe.planning.need import MemoryNeed
-from jmoe.planning.plan import make_plan
-from jmoe.planning.policy import MISSES, Policy
+from jmoe.planning.plan import Plan, make_plan
+from jmoe.planning.policy import MISSES, Misses, Policy
 from jmoe.planning.simulate import simulate
+from jmoe.planning.sizes import Component
 from jmoe.planning.traces import RoutingTrace, read_trace_of
 from jmoe.quant.spec import PRESETS
 from tests.models.configs import small_config
@@ -30,18 +31,18 @@ TRACE = random_trace(200, 3, 8)
 def predict(
     trace: RoutingTrace | None = TRACE, machine: HardwareSpec | None = None, **policy
 ) -> DecodeSpeed:
-    shape = {"batch_size": 1, "num_positions": 64}
-    plans = {
+    plans: dict[Misses, Plan] = {
         way: make_plan(
             CONFIG,
             "float32",
             QUANT,
             requested=Policy(mode="offload", slots=(3, 3, 3), misses=way, **policy),
-            **shape,
+            batch_size=1,
+            num_positions=64,
         )
         for way in MISSES
     }
-    need = MemoryNeed.of(CONFIG, "float32", QUANT, **shape)
+    need = MemoryNeed.of(CONFIG, "float32", QUANT, batch_size=1, num_positions=64)
     return predict_speed(CONFIG, "float32", QUANT, plans, need, machine or small_spec(), trace)
 
 
@@ -49,7 +50,7 @@ def test_a_prediction_is_a_simulation_with_the_machines_costs():
     speed = predict(num_staging=7, eviction="lru")
     spec = small_spec()
     need = MemoryNeed.of(CONFIG, "float32", QUANT, batch_size=1, num_positions=64)
-    shared = ("attention", "head", "routers", "norms")
+    shared: tuple[Component, ...] = ("attention", "head", "routers", "norms")
     read_s = sum(need.weights[name].num_bytes for name in shared) / 3 / spec.device_bytes_per_s
     assert speed.layer_s == pytest.approx(read_s + 2 * 1e-4 + 3e-5 + 1e-5)
     loaded = simulate(
