@@ -181,7 +181,9 @@ def simulate(
         )
     link = ModelledLink(costs.copy_s)
     splitter = None if misses == "load" else Splitter(costs, misses=misses)
-    replay = Replay(cache, link, layer_s, splitter)
+    replay = Replay(
+        cache, link, layer_s, splitter, fetch_s=costs.fetch_s, copying_s=costs.copying_s
+    )
     try:
         replay.run(trace, predictions)
     except NoRoom as error:

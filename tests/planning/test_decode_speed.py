@@ -47,8 +47,8 @@ def predict(
 
 
 def test_a_prediction_is_a_simulation_with_the_machines_costs():
-    speed = predict(num_staging=7, eviction="lru")
-    spec = small_spec()
+    spec = small_spec(fetch_s=0.0)
+    speed = predict(machine=spec, num_staging=7, eviction="lru")
     need = MemoryNeed.of(CONFIG, "float32", QUANT, batch_size=1, num_positions=64)
     shared: tuple[Component, ...] = ("attention", "head", "routers", "norms")
     read_s = sum(need.weights[name].num_bytes for name in shared) / 3 / spec.device_bytes_per_s
@@ -66,6 +66,11 @@ def test_a_prediction_is_a_simulation_with_the_machines_costs():
     steps_with_host_s = host.host_s - host.host_experts * 1e-3  # what was handed over
     assert steps_with_host_s == pytest.approx(1e-4 * (200 * 3 - host.full_hits))
     assert host.copies == 0 and speed.results["load"].host_experts == 0
+
+
+def test_what_copies_take_of_the_loops_time_counts():
+    plain, charged = (predict(machine=small_spec(fetch_s=s)).results["load"] for s in (0.0, 1e-3))
+    assert charged.seconds > plain.seconds + 0.5e-3 * charged.copies
 
 
 def test_shares_say_what_each_resource_does_of_the_time():
