@@ -20,7 +20,8 @@ Suites:
           rows of a paper's table; and what a loop over layers costs where nothing moves
   engines what takes decode steps: the resident engine, the thread and the compiled one, with places
           for all experts and for half of them; how fast a program fetches experts, beside plain
-          copies; what fetching ahead gives in a program; how long the program takes to compile
+          copies; what a missing expert costs in a program that copies it, or computes it where it
+          lies; what fetching ahead gives in a program; how long the program takes to compile
   hybrid  missing experts copied, computed on the host, or both, on links held to --links and a host
           held to --host_gb_per_s, beside what was predicted; time to the first token of long
           prompts; beams together, beside as many sequences one after the other
@@ -95,8 +96,8 @@ _PARTS = flags.DEFINE_list(
     "parts",
     None,
     "What to measure of the suite offload: overlap,paper,overhead; of engines: "
-    "decode,fetch,ahead,compile; of hybrid: decode,prompts,beams; of disk: read,decode. Default: "
-    "all of it.",
+    "decode,fetch,misses,ahead,compile; of hybrid: decode,prompts,beams; of disk: read,decode. "
+    "Default: all of it.",
 )
 _LAYERS = flags.DEFINE_list("layers", "12,32,56", "Suite engines: of the models to compile.")
 _LINKS = flags.DEFINE_list(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from _bench import engines_compile, engines_decode, engines_fetch
+from _bench import engines_compile, engines_decode, engines_fetch, engines_misses
 from _bench.offload_subject import OffloadSubject, check_flags
 from _bench.report import Report
 from _bench.settings import Settings
@@ -47,5 +47,6 @@ def _load(settings: Settings) -> OffloadSubject:
 _PARTS: dict[str, Callable[[OffloadSubject, Settings, Report], list[_Row]]] = {
     "decode": engines_decode.measure,
     "fetch": engines_fetch.measure,
+    "misses": engines_misses.measure,
     "ahead": engines_decode.measure_ahead,
 }

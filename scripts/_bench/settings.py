@@ -12,7 +12,7 @@ from jmoe.errors import RequestError
 # By suite, in the order in which they are measured if nobody says which.
 PARTS: dict[str, tuple[str, ...]] = {
     "offload": ("overlap", "paper", "overhead"),
-    "engines": ("decode", "fetch", "ahead", "compile"),
+    "engines": ("decode", "fetch", "misses", "ahead", "compile"),
     "hybrid": ("decode", "prompts", "beams"),
     "disk": ("read", "decode"),
 }

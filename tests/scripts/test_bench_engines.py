@@ -19,7 +19,7 @@ from _bench.settings import PARTS, Settings, check_parts
 
 _NUM_LAYERS, _TOP_K, _EXPERTS = 2, 2, 8
 _MODEL = ("--model=jmoe/data/tiny-mixtral", "--random_weights", f"--num_layers={_NUM_LAYERS}")
-_QUICK = ("--new_tokens=10", "--repeats=1", "--parts=decode,fetch,ahead")
+_QUICK = ("--new_tokens=10", "--repeats=1", "--parts=decode,fetch,misses,ahead")
 _NUM_NEEDED = 10 * _NUM_LAYERS * _TOP_K
 
 
@@ -65,6 +65,16 @@ def test_ways_of_copying_move_the_same_bytes(summary: dict):
     assert math.isclose(rows["program"]["ratio"]["numpy"]["median"], program / numpy)
 
 
+def test_missing_experts_are_copied_or_computed_where_they_lie(summary: dict):
+    # That all ways compute the same bits is checked as they are measured.
+    rows = {row["what"]: row for row in summary["rows"]["misses"]}
+    assert list(rows) == ["copied", "in place", "in place, device_host"]
+    assert rows["copied"]["ratio"]["median"] == 1
+    for row in rows.values():
+        assert row["expert_bytes"] == summary["subject"]["expert_bytes"]
+        assert row["s_per_expert"]["median"] > 0
+
+
 def test_experts_are_fetched_ahead_if_the_row_says_so(summary: dict):
     nothing, one, two = (row["traffic"] for row in summary["rows"]["ahead"])
     assert nothing["prefetches"] == 0 < one["prefetches"] < two["prefetches"]
@@ -98,7 +108,7 @@ def test_parts_are_those_of_the_suite():
     assert check_parts(["compile", "decode"], "engines") == ("compile", "decode")
     assert check_parts(None, "kernels") == ()
     for parts in ([], ["overlap"]):
-        with pytest.raises(jmoe.RequestError, match="decode,fetch,ahead,compile"):
+        with pytest.raises(jmoe.RequestError, match="decode,fetch,misses,ahead,compile"):
             check_parts(parts, "engines")
     with pytest.raises(jmoe.RequestError, match="decode has no parts"):
         check_parts(["overlap"], "decode")
