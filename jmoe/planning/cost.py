@@ -72,7 +72,8 @@ class ExpertCosts:
         return cls(
             copy_s=copy_s,
             fetch_s=hardware.fetch_s,
-            copying_s=copy_s if is_cpu else 0.0,
+            # Read and written by the processor, however slow the link pretends to be.
+            copying_s=min(copy_s, 2 * layout.num_bytes / hardware.host_bytes_per_s) * is_cpu,
             host=lambda tokens: max(held_s, times.host(tokens)),
             device=times.device,
             hand_over_s=hardware.hand_over_s,

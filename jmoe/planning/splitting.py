@@ -15,6 +15,9 @@ from jmoe.residency.experts import Outlook
 _SMOOTHING = 0.05
 # How much slower the host must be than the device for copies to pay.
 _ADVANTAGE = 1.1
+# A copy that is quicker than the host by this factor is not made further ahead than one layer: what
+# was missed comes soon enough, if the link is not busy with what was predicted wrongly.
+_QUICK = 3.0
 
 
 class Ways(NamedTuple):
@@ -133,6 +136,8 @@ class Splitter:
         if self.misses == "load":
             return layer == self._layer + 1
         if not self.copies_pay:
+            return False
+        if layer > self._layer + 1 and _QUICK * self.costs.copy_s < self.costs.host(1):
             return False
         arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
         return arrives_s <= (layer - self._layer) * self._layer_s + self.costs.host(1)

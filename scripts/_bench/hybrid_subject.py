@@ -80,6 +80,7 @@ class HybridSubject:
             self._subject, named=loading["hardware"], recalibrate=loading["recalibrate"]
         ).spec
         self._new_tokens = settings.new_tokens
+        self._copies = settings.copies
         host = "the host's own speed" if speed is None else f"a host held to {speed:g} GB/s"
         self.title = f"{self.offload.name}, {base.quant}, {host}"
 
@@ -107,7 +108,8 @@ class HybridSubject:
             host_bytes_per_s=self._host_bytes_per_s,
         )
         copy_s = max(costs.copy_s, self.offload.link_s(1, link_bytes_per_s))
-        costs = dataclasses.replace(costs, copy_s=copy_s)
+        copying_s = costs.copying_s if self._copies else 0.0
+        costs = dataclasses.replace(costs, copy_s=copy_s, copying_s=copying_s)
         loop_s = self.hardware.round_trip_s + self.hardware.dispatch_s
         return HostSide(self._subject.host, costs, loop_s, self._host_bytes_per_s)
 
