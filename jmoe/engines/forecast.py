@@ -79,7 +79,7 @@ def step_times_s(
     cache.fill(ExpertKey(layer, expert) for layer in held for expert in held[layer])
     # As in the engine, which without a splitter copies what is predicted for any layer.
     splitter = None if policy.misses == "load" else Splitter(costs)
-    replay = Replay(cache, ModelledLink(costs.copy_s), 0.0, splitter)
+    replay = Replay(cache, ModelledLink(costs.copy_s), 0.0, splitter, top_k=top_k)
     by_loop = costs.fetch_s, costs.copying_s
     ends = [0.0]
     for way, choices in zip(ways, steps, strict=True):
@@ -157,7 +157,7 @@ def replay_s(
             num_experts=model.config.router.num_experts,
             top_k=model.config.router.top_k,
         )
-    except NoRoom:  # more experts at once than places, which go in several groups
+    except NoRoom:  # one pool for all layers whose staging is full
         return []
 
 

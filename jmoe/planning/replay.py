@@ -9,7 +9,7 @@ from jmoe.planning.modelled_link import ModelledLink
 from jmoe.planning.splitting import Splitter, Ways
 from jmoe.planning.traces import RoutingTrace
 from jmoe.residency.cache import ExpertKey, Load, SlotCache
-from jmoe.residency.experts import Outlook
+from jmoe.residency.experts import MAX_IN_FLIGHT, Outlook
 
 
 @dataclasses.dataclass
@@ -22,6 +22,7 @@ class Replay:
       layer_s: that a layer takes with all experts there.
       splitter: says what the host computes; None loads everything.
       fetch_s: see ``cost.ExpertCosts``; and copying_s.
+      top_k: experts of a token, of which there may be several in a step; None if there is one.
       now: seconds since the start.
       stall_s: of which the device waited for copies and for the host.
       host_s: seconds that the host computed.
@@ -35,6 +36,7 @@ class Replay:
     splitter: Splitter | None
     fetch_s: float = 0.0
     copying_s: float = 0.0
+    top_k: int | None = None
     now: float = 0.0
     stall_s: float = 0.0
     host_s: float = 0.0
@@ -89,27 +91,25 @@ class Replay:
           tokens: of each.
           predictions: later layers, and experts that are predicted for them; -1 for none.
         """
-        cache, link, splitter, now = self.cache, self.link, self.splitter, self.now
-        cache.unpin()
-        busy = link.advance(now)
+        link, splitter, start = self.link, self.splitter, self.now
         ways, on_host = Ways([], [], []), []
         tokens_of = dict(zip(experts, tokens, strict=True))
+        link.advance(start)
         if splitter is not None:
             ways = splitter.split(self, layer, experts, tokens)
             self._call_off(layer, ways)
             on_host, experts = ways.host, [*ways.here, *ways.coming]
-        needed = [self._keys[layer][expert] for expert in experts]
-        loads = cache.use(layer, experts, busy, on_host)
-        for key in needed:
-            if link.waits(key):  # predicted, and not begun
-                link.demand(key, now)
-        for load in loads:
-            self._start(link.demand, load)
-        self.full_hits += not loads and not on_host
+        *before, last = self._groups(layer, experts)
+        num_loads, elsewhere = 0, on_host
+        for group in before:  # computed when it is there; then its places are the next one's
+            num_loads += self._use(layer, group, elsewhere)
+            self.now, elsewhere = self._ready(layer, group), []
+        num_loads += self._use(layer, last, elsewhere)
+        self.full_hits += not num_loads and not on_host
         num_ahead = self._predict(layer, predictions)
         if splitter is not None and on_host and splitter.copies_pay:
             self._keep(layer, on_host)
-        ready = max([now, *map(link.arrival, needed)])
+        ready = self._ready(layer, last)
         layer_s = self.layer_s
         if splitter is not None and on_host:
             costs = splitter.costs
@@ -119,13 +119,39 @@ class Replay:
             layer_s = max(0.0, layer_s - spared_s)
             here_s = sum(costs.device(tokens_of[e]) for e in ways.here)
             here_s = 0.0 if costs.shares_cores else here_s
-            layer_s -= min(here_s, layer_s, max(ready - now, host_s))
-            ready = max(ready, now + host_s)
+            layer_s -= min(here_s, layer_s, max(ready - start, host_s))
+            ready = max(ready, start + host_s)
             self.host_s += host_s
             self.host_experts += len(on_host)
-        self.stall_s += ready - now
-        fetching_s = self.fetch_s * (len(loads) + num_ahead) + self.copying_s * num_ahead
+        self.stall_s += ready - start
+        fetching_s = self.fetch_s * (num_loads + num_ahead) + self.copying_s * num_ahead
         self.now = ready + layer_s + fetching_s
+
+    def _groups(self, layer: int, experts: Sequence[int]) -> list[Sequence[int]]:
+        """All at once, or as many as a token has if there are too few places, as the engine."""
+        cache = self.cache
+        slots = cache.slots if isinstance(cache.slots, int) else cache.slots[layer]
+        most = slots + cache.num_staging - MAX_IN_FLIGHT
+        if self.top_k is None or len(experts) <= max(most, self.top_k):
+            return [experts]
+        return [experts[i : i + self.top_k] for i in range(0, len(experts), self.top_k)]
+
+    def _use(self, layer: int, experts: Sequence[int], elsewhere: Sequence[int]) -> int:
+        """Asks for experts of a layer; returns how many were missing."""
+        cache, link = self.cache, self.link
+        cache.unpin()
+        loads = cache.use(layer, experts, link.advance(self.now), elsewhere)
+        for expert in experts:
+            key = self._keys[layer][expert]
+            if link.waits(key):  # predicted, and not begun
+                link.demand(key, self.now)
+        for load in loads:
+            self._start(link.demand, load)
+        return len(loads)
+
+    def _ready(self, layer: int, experts: Sequence[int]) -> float:
+        """When these are here."""
+        return max([self.now, *(self.link.arrival(self._keys[layer][e]) for e in experts)])
 
     def outlook(self, layer: int, experts: Sequence[int], copy_s: float) -> Outlook:
         """See ``residency.experts.DeviceExperts.outlook``."""

@@ -87,6 +87,22 @@ def test_the_loop_is_held_up_by_each_copy_and_the_compiled_engine_is_not():
         assert after_s - before_s == pytest.approx(1e-3 * num_fetched)
 
 
+@pytest.mark.parametrize("way", ["thread", "split", "host"])
+def test_steps_of_many_sequences_whose_experts_have_no_room_at_once(way):
+    one = some_steps(8, seed=1)
+    many = [
+        [
+            np.concatenate([some_steps(8, seed)[t][layer] for seed in range(5)], axis=1)
+            for layer in range(NUM_LAYERS)
+        ]
+        for t in range(8)
+    ]
+    num_used = [sum(len(np.unique(choices)) for choices in step) for step in many]
+    assert max(num_used) > 5 * NUM_LAYERS  # more than a layer has places
+    times = times_s([way] * 8, many)
+    assert all(after > before for before, after in zip(times_s([way] * 8, one), times, strict=True))
+
+
 @given(num_steps=st.integers(1, 20), num_held=st.integers(0, NUM_EXPERTS), seed=st.integers(0, 9))
 def test_each_half_of_the_steps_begins_with_favourites_of_the_other(num_steps, num_held, seed):
     steps = some_steps(num_steps, seed)
