@@ -12,7 +12,7 @@ import numpy as np
 
 from jmoe.engines import beam_programs
 from jmoe.engines.beam_steps import BeamCache
-from jmoe.engines.compiled_programs import StepStatic
+from jmoe.engines.compiled_decoder import step_static
 from jmoe.engines.expert_model import Supply
 from jmoe.engines.layer_experts import LayerInputs
 from jmoe.engines.offload_steps import OffloadSteps
@@ -115,18 +115,7 @@ class BeamCompiledDecoder:
         self, cache: KVCache, active_B: jax.Array, sampling: Sampling, ending: Ending
     ) -> None:
         model = self._model
-        experts = model.places.static
-        assert experts is not None
-        static = StepStatic(
-            config=model.config,
-            dtype=model.dtype,
-            quant=model.quant,
-            host=model.host,
-            platform=model.device.platform,
-            cache=experts,
-            kind=self._shape.kind,
-            num_ahead=model.plan.policy.fetch_ahead,
-        )
+        static = step_static(model, self._shape)
         int32_B = model.abstract((self._shape.batch_size,), "int32")
         self._program = model.programs.get(
             beam_programs.cached_step_logits,
@@ -136,7 +125,7 @@ class BeamCompiledDecoder:
             cache,
             int32_B,
             int32_B,
-            abstract_cache(experts, model.layout.num_items, model.layout.dtype),
+            abstract_cache(static.cache, model.layout.num_items, model.layout.dtype),
             active_B,
             static=static,
         )

@@ -110,6 +110,23 @@ class CompiledDecoder:
         return state, made
 
 
+def step_static(model: "OffloadEngine", shape: BatchShape, num_tokens: int = 1) -> StepStatic:
+    """What a program for so many tokens of a batch is compiled for, with the slots planned now."""
+    cache = model.places.static
+    assert cache is not None
+    return StepStatic(
+        config=model.config,
+        dtype=model.dtype,
+        quant=model.quant,
+        host=model.host,
+        platform=model.device.platform,
+        cache=cache,
+        kind=shape.kind,
+        num_tokens=num_tokens,
+        num_ahead=model.plan.policy.fetch_ahead,
+    )
+
+
 def compile_decode(
     model: "OffloadEngine",
     state: DecodeState,
@@ -121,19 +138,7 @@ def compile_decode(
     num_tokens: int,
 ) -> jax.stages.Compiled:
     """Compiles ``decode_tokens`` for the slots that are planned now."""
-    cache = model.places.static
-    assert cache is not None
-    static = StepStatic(
-        config=model.config,
-        dtype=model.dtype,
-        quant=model.quant,
-        host=model.host,
-        platform=model.device.platform,
-        cache=cache,
-        kind=shape.kind,
-        num_tokens=num_tokens,
-        num_ahead=model.plan.policy.fetch_ahead,
-    )
+    static = step_static(model, shape, num_tokens)
     layout = model.layout
     program = model.programs.get(
         decode_tokens,
@@ -141,7 +146,7 @@ def compile_decode(
         model.layers,
         model.host_blobs,
         state,
-        abstract_cache(cache, layout.num_items, layout.dtype),
+        abstract_cache(static.cache, layout.num_items, layout.dtype),
         active_B,
         limits,
         given_NB,
