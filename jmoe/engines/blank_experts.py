@@ -22,7 +22,7 @@ class BlankExperts:
     def need(self, layer: int, experts: Sequence[int], elsewhere: Sequence[int] = ()) -> None:
         pass
 
-    def keep(self, layer: int, experts: Sequence[int]) -> None:
+    def keep(self, layer: int, experts: Sequence[int], only_free: bool = False) -> None:
         pass
 
     def fill(self, layer: int, wanted: Sequence[int]) -> None:

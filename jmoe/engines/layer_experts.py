@@ -186,8 +186,8 @@ class LayerExperts:
         fits = len(others) <= self._model.max_needed(layer)
         experts.need(layer, others if fits else [], elsewhere=ways.host)
         self._predict(experts, layer, choices_NTW)
-        if hybrid.splitter.copies_pay:
-            experts.keep(layer, ways.host)
+        if hybrid.splitter.slots_pay:
+            experts.keep(layer, ways.host, only_free=not hybrid.splitter.copies_pay)
         y_TKD = None
         # What is there first: it is computed while the others come.
         for ids in (*_groups(ways.here, self._top_k), *_groups(ways.coming, self._top_k)):

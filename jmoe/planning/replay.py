@@ -107,8 +107,8 @@ class Replay:
         num_loads += self._use(layer, last, elsewhere)
         self.full_hits += not num_loads and not on_host
         num_ahead = self._predict(layer, predictions)
-        if splitter is not None and on_host and splitter.copies_pay:
-            self._keep(layer, on_host)
+        if splitter is not None and on_host and splitter.slots_pay:
+            self._keep(layer, on_host, only_free=not splitter.copies_pay)
         ready = self._ready(layer, last)
         layer_s = self.layer_s
         if splitter is not None and on_host:
@@ -195,7 +195,9 @@ class Replay:
                     num_asked += 1
         return num_asked
 
-    def _keep(self, layer: int, experts: Sequence[int]) -> None:
+    def _keep(self, layer: int, experts: Sequence[int], only_free: bool) -> None:
+        if only_free and not self.cache.num_free(layer):
+            return
         if self.link.num_waiting or self.link.free_at > self.now:
             return
         for expert in experts:

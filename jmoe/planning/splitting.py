@@ -15,9 +15,6 @@ from jmoe.residency.experts import Outlook
 _SMOOTHING = 0.05
 # How much slower the host must be than the device for copies to pay.
 _ADVANTAGE = 1.1
-# A copy that is quicker than the host by this factor is not made further ahead than one layer: what
-# was missed comes soon enough, if the link is not busy with what was predicted wrongly.
-_QUICK = 3.0
 
 
 class Ways(NamedTuple):
@@ -100,7 +97,7 @@ class Splitter:
 
     @property
     def copies_pay(self) -> bool:
-        """Whether to copy experts while tokens are made."""
+        """Whether to copy experts while tokens are made; into free slots it always pays."""
         return self.slots_pay and self.misses != "host"
 
     def split(
@@ -131,13 +128,14 @@ class Splitter:
         """Whether one more copy would come in time for a layer, behind so many others.
 
         In time is before the host would have computed the expert. What comes later would have been
-        computed by then, and the link has better things to do.
+        computed by then, and the link has better things to do. What is predicted for further layers
+        than the next is right less often, and comes only if nothing else waits.
         """
         if self.misses == "load":
             return layer == self._layer + 1
         if not self.copies_pay:
             return False
-        if layer > self._layer + 1 and _QUICK * self.costs.copy_s < self.costs.host(1):
+        if layer > self._layer + 1 and num_queued:
             return False
         arrives_s = self._backlog_s + (num_queued + 1) * self.costs.copy_s
         return arrives_s <= (layer - self._layer) * self._layer_s + self.costs.host(1)

@@ -174,12 +174,19 @@ class DeviceExperts:
             self._disk.predict([key for key in keys if key not in self._arrays])
         return keys
 
-    def keep(self, layer: int, experts: Sequence[int]) -> None:
+    def keep(self, layer: int, experts: Sequence[int], only_free: bool = False) -> None:
         """Copies one of these, which were computed elsewhere, if the link has nothing to do.
 
         The first that is not here, in place of what its layer needs least.
+
+        Args:
+          layer: of all of them.
+          experts: distinct.
+          only_free: into free slots alone.
         """
         fetcher = self._fetcher
+        if only_free and not self.cache.num_free(layer):
+            return
         if fetcher.num_queued or fetcher.in_flight:
             return
         for expert in experts:
