@@ -135,7 +135,7 @@ class ExpertModel:
     def zeros(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros(like.shape, like.dtype, device=self.device)
 
-    @functools.cache  # noqa: B019  (one entry, as long as the model)
+    @functools.cached_property
     def expert_ids(self) -> tuple[jax.Array, ...]:
         """The number of every expert as an array on the device, and -1 behind them."""
         num_experts = self.config.router.num_experts
@@ -162,16 +162,23 @@ class ExpertModel:
         self.last_programs.append(compiled)
         return compiled
 
-    @functools.cache  # noqa: B019  (as many entries as layers, as long as the model)
     def static(self, layer: int) -> LayerStatic:
-        return LayerStatic(
-            config=self.config,
-            dtype=self.dtype,
-            quant=self.quant,
-            host=self.host,
-            platform=self.device.platform,
-            window=self.config.sliding_windows[layer],
-            num_predicted=self.num_predicted,
+        """What the programs of a layer are compiled for."""
+        return self._statics[layer]
+
+    @functools.cached_property
+    def _statics(self) -> tuple[LayerStatic, ...]:
+        return tuple(
+            LayerStatic(
+                config=self.config,
+                dtype=self.dtype,
+                quant=self.quant,
+                host=self.host,
+                platform=self.device.platform,
+                window=window,
+                num_predicted=self.num_predicted,
+            )
+            for window in self.config.sliding_windows
         )
 
     def abstract(self, shape: Sequence[int], dtype: str) -> jax.ShapeDtypeStruct:

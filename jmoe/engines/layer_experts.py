@@ -77,7 +77,7 @@ class LayerExperts:
         self._is_single = batch_size == 1
         self._shape = batch_size, top_k, model.config.hidden_size
         self._rows_R = np.arange(batch_size * top_k, dtype=np.int32)
-        self._ids = model.expert_ids()
+        self._ids = model.expert_ids
         # Shapes stand for arrays.
         y_TKD: Any = model.abstract(self._shape, "float32")
         routed = model.abstract_routed(batch_size, 1)
