@@ -117,11 +117,9 @@ class Contest:
         for way in self.ways:
             per_call = self._tokens_per_call[way]
             own = [s for turn, s in zip(self.turns, predicted_s, strict=True) if turn == way]
-            calls = zip(
-                _by_call(self._seconds[way], per_call), _by_call(own, per_call), strict=True
-            )
-            factor = statistics.median(measured / predicted for measured, predicted in calls)
+            measured = _by_call(self._seconds[way], per_call)
             shared = itertools.compress(by_way[way], is_shared)
+            factor = _ratio(measured, _by_call(own, per_call))
             self._evened_s[way] = factor * statistics.fmean(shared)
         self._finish()
 
@@ -151,6 +149,14 @@ def _by_call(seconds: Sequence[float], per_call: int) -> list[float]:
     settled = seconds[_whole_calls(NUM_SETTLING, per_call) :]
     calls = [settled[i : i + per_call] for i in range(0, len(settled), per_call)]
     return list(map(statistics.fmean, calls))
+
+
+def _ratio(measured_s: Sequence[float], predicted_s: Sequence[float]) -> float:
+    """Of sums: a long token says more than a short one; without strays at either end."""
+    pairs = sorted(zip(measured_s, predicted_s, strict=True), key=lambda pair: pair[0] / pair[1])
+    num_strays = len(pairs) // 6
+    pairs = pairs[num_strays : len(pairs) - num_strays]
+    return sum(measured for measured, _ in pairs) / sum(predicted for _, predicted in pairs)
 
 
 def _whole_calls(num_tokens: int, per_call: int) -> int:

@@ -2,6 +2,7 @@
 
 import gc
 import time
+import weakref
 from collections.abc import Iterator
 
 import jax
@@ -247,6 +248,17 @@ def test_arrays_of_experts_are_those_of_the_cache(model, engine):
     assert count_arrays(*blob) - before == len(engine.experts.cache)
     engine.close()
     assert count_arrays(*blob) == before
+
+
+@pytest.mark.parametrize("policy", [{"misses": "split"}, {"engine": "auto"}, {"lookahead": 2}])
+def test_nothing_keeps_an_engine_that_nobody_uses(model, policy):
+    engine = model.engine((3,) * model.num_layers, prefill_chunk=CHUNK, **policy)
+    _, run = greedy(engine, prompts_of(model, 5), NEW_TOKENS)
+    watched = weakref.ref(engine)
+    engine.close()
+    del engine, run
+    gc.collect()
+    assert watched() is None
 
 
 def count_arrays(num_items: int, dtype: np.dtype) -> int:
