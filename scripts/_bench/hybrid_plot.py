@@ -40,7 +40,11 @@ def draw(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _panel(offset: float, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     links = sorted({row["link_bytes_per_s"] for row in rows})
     low, high = math.log(links[0]), math.log(links[-1])
-    highest = max(row["tok_per_s"]["max"] for row in rows if row["way"] in _COLOURS)
+    highest = max(
+        max(row["tok_per_s"]["max"], row["bound_tok_per_s"])
+        for row in rows
+        if row["way"] in _COLOURS
+    )
     step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if highest / s <= 8)
     top = (int(highest / step) + 1) * step
     bottom = _HEIGHT - _BOTTOM
