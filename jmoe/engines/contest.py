@@ -20,6 +20,8 @@ MAX_WAYS = 3
 HOPELESS = 3.0
 # Ways that differ by less are compared more closely.
 _CLOSE = 1.3
+# And the two best ones, if they still differ by less, make as many tokens once more.
+_UNSURE = 1.15
 
 
 # What becomes of missing experts in the ways of the host's loop.
@@ -53,6 +55,8 @@ class Contest:
         self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
         self.turns: list[Way] = []
         self._evened_s: dict[Way, float] = {}
+        self._num_rounds = 1
+        self._tried = self.ways
 
     @property
     def is_close(self) -> bool:
@@ -72,11 +76,12 @@ class Contest:
         limit_s = HOPELESS * token_s[ways[0]]
         self.ways = tuple(way for way in ways[:MAX_WAYS] if token_s[way] <= limit_s)
         self.running, self.is_over = ways[0], len(self.ways) == 1
+        self._tried = self.ways
 
     def drop(self, way: Way) -> None:
         """Takes a way out that is not possible here."""
         was_running, index = self.running == way, self.ways.index(way)
-        self.ways = tuple(other for other in self.ways if other != way)
+        self.ways = self._tried = tuple(other for other in self.ways if other != way)
         assert self.ways
         if len(self.ways) == 1:
             self.running, self.is_over = self.ways[0], True
@@ -92,8 +97,8 @@ class Contest:
         times.append(seconds)
         self.turns.append(self.running)
         per_call = self._tokens_per_call[self.running]
-        settling = _whole_calls(NUM_SETTLING, per_call)
-        if len(times) < settling + _whole_calls(NUM_COUNTING, per_call):
+        turn = _whole_calls(NUM_SETTLING, per_call) + _whole_calls(NUM_COUNTING, per_call)
+        if len(times) < self._num_rounds * turn:
             return
         if self.running != self.ways[-1]:
             self.running = self.ways[self.ways.index(self.running) + 1]
@@ -123,6 +128,15 @@ class Contest:
             self._evened_s[way] = factor * statistics.fmean(shared)
         self._finish()
 
+    def reconsider(self) -> None:
+        """Lets the two best ways go on, once, if they are too close to tell them apart."""
+        best, *others = sorted(self.ways, key=self.token_s)
+        if self._num_rounds > 1 or not others:
+            return
+        if self.token_s(others[0]) < _UNSURE * self.token_s(best):
+            self._num_rounds, self.is_over = 2, False
+            self.ways, self.running = (best, others[0]), best
+
     def _finish(self) -> None:
         self.is_over = True
         self.running = min(self.ways, key=self.token_s)  # of equal ones the first
@@ -134,7 +148,7 @@ class Contest:
         return statistics.median(_by_call(self._seconds[way], self._tokens_per_call[way]))
 
     def __str__(self) -> str:
-        first, *rest = map(self._describe, sorted(self.ways, key=self.token_s))
+        first, *rest = map(self._describe, sorted(self._tried, key=self.token_s))
         return ", ".join([f"engine {first.replace(' ms', ' ms a token', 1)}", *rest])
 
     def _describe(self, way: Way) -> str:

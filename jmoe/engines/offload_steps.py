@@ -304,7 +304,9 @@ class OffloadSteps:
             }
             if as_made:
                 contest.even_out(as_made, by_way)
-        self._tried = []
+                contest.reconsider()
+        if contest.is_over:
+            self._tried = []
 
     def _change_engine(self) -> None:
         """Lets the other engine go on if it is its turn, and this one has nothing in hand."""

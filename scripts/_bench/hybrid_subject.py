@@ -21,7 +21,7 @@ from jmoe.planning.cost import ExpertCosts
 WAYS = ("load", "host", "split", "auto")
 NUM_STAGING = 8
 # That auto may spend on trying ways, before it goes on with one.
-AUTO_TOKENS = MAX_WAYS * (NUM_SETTLING + NUM_COUNTING)
+AUTO_TOKENS = (MAX_WAYS + 2) * (NUM_SETTLING + NUM_COUNTING)
 _PROMPT_TOKENS = 32
 
 

@@ -108,3 +108,43 @@ def test_tokens_of_the_compiled_engine_are_judged_by_calls_and_not_shared(per_ca
     halved = [0.5e-3 if flag else 9.0 for flag in is_thread]
     contest.even_out([1e-3] * made, {"thread": halved, "compiled": halved})
     assert contest.token_s("compiled") == pytest.approx(0.5e-3)
+
+
+def test_the_two_best_go_on_once_if_they_are_close():
+    contest = Contest(1, ("thread", "split", "host"))
+    turn = NUM_SETTLING + NUM_COUNTING
+    first: dict[Way, float] = {"thread": 1.0e-3, "split": 1.1e-3, "host": 2e-3}
+    while not contest.is_over:
+        contest.note(first[contest.running])
+
+    def even_out() -> None:
+        made = [1e-3] * len(contest.turns)
+        contest.even_out(made, dict.fromkeys(contest.ways, made))
+
+    even_out()
+    contest.reconsider()
+    assert not contest.is_over and contest.running == "thread"
+    second: dict[Way, float] = {"thread": 1.4e-3, "split": 1.1e-3}
+    while not contest.is_over:
+        contest.note(second[contest.running])
+    assert [contest.turns.count(way) for way in ("thread", "split", "host")] == [
+        2 * turn,
+        2 * turn,
+        turn,
+    ]
+    even_out()
+    contest.reconsider()  # not again
+    assert contest.is_over and contest.running == "split"
+    assert "host 2.00 ms" in str(contest)  # and it is still told what the third one took
+
+
+def test_two_that_are_far_apart_do_not_go_on():
+    contest = Contest(1, ("thread", "split"))
+    run_s: dict[Way, float] = {"thread": 1e-3, "split": 1.25e-3}
+    while not contest.is_over:
+        contest.note(run_s[contest.running])
+    assert contest.is_close
+    made = [1e-3] * len(contest.turns)
+    contest.even_out(made, dict.fromkeys(contest.ways, made))
+    contest.reconsider()
+    assert contest.is_over and contest.running == "thread"
