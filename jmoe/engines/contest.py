@@ -56,7 +56,7 @@ class Contest:
         self.turns: list[Way] = []
         self._evened_s: dict[Way, float] = {}
         self._num_rounds = 1
-        self._tried = self.ways
+        self._tried: tuple[Way, ...] = self.ways  # those, too, that did not come so far
 
     @property
     def is_close(self) -> bool:
@@ -81,7 +81,8 @@ class Contest:
     def drop(self, way: Way) -> None:
         """Takes a way out that is not possible here."""
         was_running, index = self.running == way, self.ways.index(way)
-        self.ways = self._tried = tuple(other for other in self.ways if other != way)
+        self.ways = tuple(other for other in self.ways if other != way)
+        self._tried = self.ways
         assert self.ways
         if len(self.ways) == 1:
             self.running, self.is_over = self.ways[0], True
