@@ -71,8 +71,9 @@ class OffloadSteps:
         # Numbers of the batch's sequences in the record.
         self._recorded = [recorder.begin() for _ in range(shape.batch_size)] if recorder else []
         self._forecasts_s: dict[Way, float] = {}  # of a token
-        # After the prompts: what their last tokens chose, and what was on the device.
-        self._rehearsal: tuple[list[Choices], dict[int, list[int]]] | None = None
+        # After the prompts: their tokens in the last chunk, and what is on the device.
+        self._in_last: list[int] = []
+        self._held: dict[int, list[int]] | None = None
         self._tried: list[Choices] = []  # what the tokens of the contest chose
         self._ended = False
         self._workspace_bytes = 0  # until the programs are compiled
@@ -241,22 +242,19 @@ class OffloadSteps:
 
     def _prepare_forecast(self, lengths: np.ndarray) -> None:
         """Keeps what forecasts are made from, after prompts of these lengths."""
-        model, shape = self._model, self._shape
-        if model.host_side is None:
+        if self._model.host_side is None:
             return
-        *before, last = shape.chunks
-        in_last = np.clip(lengths - sum(before), 0, last).tolist()
-        steps = last_steps(
-            self._stream.choices, in_last, shape.num_prompts, num_beams=shape.num_beams
-        )
-        self._rehearsal = list(steps), model.places.held()
+        *before, last = self._shape.chunks
+        self._in_last = np.clip(lengths - sum(before), 0, last).tolist()
+        self._held = self._model.places.held()
 
     def _forecast_s(self, ways: Iterable[Way]) -> dict[Way, float]:
         """Seconds of a decode step in these ways, as far as they can be predicted."""
         missing: list[Way] = [way for way in ways if way not in self._forecasts_s]
-        if self._rehearsal is not None and missing:
-            size = self._shape.batch_size
-            self._forecasts_s |= forecasts_s(self._model, size, missing, *self._rehearsal)
+        if self._held is not None and missing:
+            model, shape, choices = self._model, self._shape, self._stream.choices
+            steps = last_steps(choices, self._in_last, shape.num_prompts, num_beams=shape.num_beams)
+            self._forecasts_s |= forecasts_s(model, shape.batch_size, missing, steps, self._held)
         return self._forecasts_s
 
     def _record_prompt(self, valid_BL: np.ndarray) -> None:
@@ -273,31 +271,29 @@ class OffloadSteps:
     ) -> tuple[DecodeState, jax.Array | np.ndarray]:
         self._check_open()
         contest = self._contest
-        if contest is not None and not contest.turns:
+        if contest is not None and not contest.turns and not contest.is_over:
             contest.predict(self._forecast_s(contest.ways))
         self._change_engine()
         start = time.perf_counter()
         state, token_ids_B, choices_LNTW = self._decoder.step(state, active_B)
         self._state = weakref.ref(state)
-        if self._contest is not None and not self._contest.is_over:
+        if contest is not None and not contest.is_over:
             jax.block_until_ready(token_ids_B)
-            self._note_time(self._contest, time.perf_counter() - start, choices_LNTW)
+            self._note_time(contest, time.perf_counter() - start, choices_LNTW)
         if choices_LNTW is not None:
             self._note_choices(choices_LNTW)
         return state, token_ids_B
 
     def _note_time(self, contest: Contest, seconds: float, choices_LNTW: np.ndarray | None) -> None:
         """Enters a token's time into the contest, which that may end."""
-        model = self._model
         if choices_LNTW is not None:
             self._tried.append(list(choices_LNTW))
         contest.note(seconds)
         if not contest.is_over:
             return
-        tried = self._tried  # fewer than turns if the contest began in another batch
-        if self._rehearsal is not None and len(tried) == len(contest.turns) and contest.is_close:
-            _, held = self._rehearsal
-            size = self._shape.batch_size
+        held, tried = self._held, self._tried  # fewer than turns if it began in another batch
+        if held is not None and len(tried) == len(contest.turns) and contest.is_close:
+            model, size = self._model, self._shape.batch_size
             as_made = replay_s(model, size, contest.turns, tried, held)
             by_way: dict[Way, list[float]] = {
                 way: replay_s(model, size, way, tried, held) for way in contest.ways

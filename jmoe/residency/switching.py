@@ -27,7 +27,6 @@ class SwitchingExperts:
     Attributes:
       experts: arrays of their own. While slots is there, only for staging.
       slots: one array of slots, or None.
-      num_favoured: copies that were made for ``favour``.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class SwitchingExperts:
         """
         self.experts = experts
         self.slots: SlotArray | None = None
-        self.num_favoured = 0
         self._favourites: Sequence[ExpertKey] = ()
         self._blob_bytes = blob_bytes
         self._num_needed = num_needed
@@ -141,7 +139,6 @@ class SwitchingExperts:
                 absent = [expert for expert in favourites if expert not in there]
                 num_copied += self._put_into_slots(layer, [*there, *absent])
             self.experts.settle()
-        self.num_favoured += num_copied
         return num_copied
 
     def settle(self) -> None:
